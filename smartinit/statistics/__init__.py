@@ -1,0 +1,1 @@
+"""Mergeable summaries of a layer's input rows."""

@@ -1,0 +1,215 @@
+"""The exact second moment ``Σ x xᵀ``: as cheap as a sketch for small d, and it serves every method."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from smartinit.linalg.threads import one_thread
+from smartinit.spectrum import Certificate
+from smartinit.statistics.cost import BLOCK_ROWS
+
+_CHUNK_ROWS = 4096
+_ONE_THREAD_BELOW = 128
+
+
+class GramStatistic:
+    """Second moments of rows ``(b, features)`` in float64, kept as two halves of the data.
+
+    Chunks are multiplied in float32 about a fixed shift (the first batch's mean, so that a large mean costs no
+    precision) and added in float64. Blocks go to the halves in turn: their difference is the sampling error, and
+    the directions of one are scored on the rows of the other.
+
+    Args:
+        features: d.
+        centred: remove the mean.
+        block_rows: rows after which the other half is fed and convergence is looked at.
+        device: where the state lives.
+
+    Cost: ``2 b d²`` flops per b rows; ``O(d³)`` whenever directions are asked for; memory ``2 d²`` doubles.
+    """
+
+    def __init__(
+        self, features: int, *, centred: bool = True, block_rows: int = BLOCK_ROWS, device: torch.device | str = "cpu"
+    ) -> None:
+        self.features = features
+        self.centred = centred
+        self.block_rows = block_rows
+        zeros = torch.zeros(2, features, dtype=torch.float64, device=device)
+        self._shift = zeros[0].float()
+        self._counts = [0, 0]
+        self._sums = zeros
+        self._moments = zeros.unsqueeze(-1).repeat(1, 1, features)
+        self._block = 0
+        self._in_block = 0
+        self._previous: Tensor | None = None
+        self._basis: Tensor | None = None
+        self._decomposed_rows = -1
+        self._values = zeros[0]
+
+    @property
+    def rows(self) -> int:
+        """How many rows went in."""
+        return sum(self._counts)
+
+    @property
+    def mean(self) -> Tensor:
+        """``(d,)`` float64 mean of the rows (zeros if not centred)."""
+        if not self.centred or not self.rows:
+            return torch.zeros_like(self._sums[0])
+        return self._shift.double() + self._sums.sum(0) / self.rows
+
+    @property
+    def total(self) -> float:
+        """Trace of `matrix`."""
+        return max(0.0, float(self.matrix().trace()))
+
+    def matrix(self) -> Tensor:
+        """``(d, d)`` float64: ``Σ (x-μ)(x-μ)ᵀ``, or ``Σ x xᵀ`` if not centred."""
+        return self._scatter(self._moments.sum(0), self._sums.sum(0), self.rows)
+
+    def update(self, rows: Tensor) -> None:
+        """Add rows ``(b, d)``.
+
+        Raises:
+            FloatingPointError: NaN or Inf in the rows; nothing was added then.
+        """
+        if self.rows == 0 and self.centred:
+            self._shift = rows.mean(0, dtype=torch.float32)
+        shifted = rows - self._shift
+        chunks = [(c.double().sum(0), (c.mT @ c).double()) for c in shifted.split(_CHUNK_ROWS)]
+        if not all(math.isfinite(float(moment.trace())) for _, moment in chunks):
+            if self.rows == 0:
+                self._shift = torch.zeros_like(self._shift)
+            raise FloatingPointError
+        half = self._block % 2
+        for total, moment in chunks:
+            self._sums[half] += total
+            self._moments[half] += moment
+        self._counts[half] += rows.shape[0]
+        self._in_block += rows.shape[0]
+
+    def settle(self) -> None:
+        """Close a full block: look at the step from the last estimate, then feed the other half."""
+        if self._in_block < self.block_rows:
+            return
+        self._decompose()
+        self._block += 1
+        self._in_block = 0
+
+    def merge(self, other: GramStatistic) -> None:
+        """Add the rows of ``other``: exact.
+
+        Raises:
+            ValueError: other features or centring.
+        """
+        if (self.features, self.centred) != (other.features, other.centred):
+            msg = (
+                f"cannot merge statistics of {self.features} and {other.features} features "
+                f"(centred: {self.centred}, {other.centred})"
+            )
+            raise ValueError(msg)
+        if self.rows == 0:
+            self._shift = other._shift.to(self._shift)
+        gap = (other._shift.to(self._shift) - self._shift).double()
+        for half, count in enumerate(other._counts):
+            total = other._sums[half].to(gap)
+            cross = torch.outer(total, gap)
+            self._moments[half] += other._moments[half].to(gap) + cross + cross.mT + count * torch.outer(gap, gap)
+            self._sums[half] += total + count * gap
+            self._counts[half] += count
+        self._block = max(self._block, other._block)
+
+    def similarity(self, components: int) -> float:
+        """Smallest cosine between the last two estimates of the leading directions."""
+        if self._previous is None or self._basis is None:
+            return 0.0
+        k = min(components, self.features)
+        cosines = (self._previous[:, :k] * self._basis[:, :k]).sum(0).abs()
+        return float(cosines.min()) if k else 1.0
+
+    def settled(self, tau: float, components: int) -> bool:
+        """Whether `similarity` has reached ``tau``."""
+        return self.similarity(components) >= tau
+
+    def principal(self, components: int) -> tuple[Tensor, Tensor]:
+        """``(k, d)`` float32 orthonormal rows and ``(k,)`` float64 values, best first; sign: largest entry positive."""
+        if self._decomposed_rows != self.rows:
+            self._decompose()
+        k = min(components, self.features)
+        assert self._basis is not None
+        rows = self._basis[:, :k].mT
+        largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
+        return (rows * torch.where(largest < 0, -1.0, 1.0)).float().contiguous(), self._values[:k].clone()
+
+    def certificate(self, components: int) -> Certificate:
+        """Accuracy of the leading directions: the eigenspace is exact, the sampling error is measured."""
+        k = min(components, self.features)
+        total = self.total
+        _, values = self.principal(k)
+        held_out, angle = self._compare_halves(k)
+        return Certificate(
+            rows=self.rows,
+            residual=0.0,
+            captured=min(1.0, float(values.sum()) / total) if total > 0 else None,
+            captured_held_out=held_out,
+            split_half_angle=angle,
+            similarity=self.similarity(k) if self._previous is not None else None,
+            components=k,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that restore this statistic."""
+        return {
+            "meta": torch.tensor([self.features, self.centred, self.block_rows, self._block, self._in_block]),
+            "counts": torch.tensor(self._counts),
+            "shift": self._shift,
+            "sums": self._sums,
+            "moments": self._moments,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> GramStatistic:
+        """The inverse of `state`."""
+        features, centred, block_rows, block, in_block = (int(v) for v in state["meta"])
+        new = cls(features, centred=bool(centred), block_rows=block_rows, device=state["sums"].device)
+        new._block, new._in_block = block, in_block
+        new._counts = [int(c) for c in state["counts"]]
+        new._shift, new._sums, new._moments = (state[n].clone() for n in ("shift", "sums", "moments"))
+        return new
+
+    def _scatter(self, moment: Tensor, total: Tensor, rows: int) -> Tensor:
+        """Second moment about the mean from one about the shift (which is zero if not centred)."""
+        if not self.centred or not rows:
+            return moment
+        return moment - torch.outer(total, total) / rows
+
+    def _decompose(self) -> None:
+        self._previous = self._basis
+        self._values, self._basis = _eigh(self.matrix())
+        self._decomposed_rows = self.rows
+
+    def _compare_halves(self, k: int) -> tuple[float | None, float | None]:
+        """Captured variance of one half's directions on the other, and the angle between the two, in degrees."""
+        if not all(self._counts) or not k:
+            return None, None
+        scatters = [self._scatter(self._moments[i], self._sums[i], self._counts[i]) for i in (0, 1)]
+        bases = [_eigh(s)[1][:, :k] for s in scatters]
+        shares = [
+            float((bases[i] * (scatters[1 - i] @ bases[i])).sum()) / max(float(scatters[1 - i].trace()), 1e-300)
+            for i in (0, 1)
+        ]
+        cosine = float((bases[0].mT @ bases[1]).square().sum() / k) ** 0.5
+        return min(1.0, sum(shares) / 2), math.degrees(math.acos(min(1.0, cosine)))
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (descending, clamped at 0) and vectors of a symmetric matrix."""
+    if matrix.shape[0] < _ONE_THREAD_BELOW:
+        with one_thread():
+            values, vectors = torch.linalg.eigh(matrix)
+    else:
+        values, vectors = torch.linalg.eigh(matrix)
+    return values.flip(0).clamp_min(0), vectors.flip(1)

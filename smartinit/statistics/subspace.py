@@ -1,0 +1,434 @@
+"""Streaming PCA with a small sketch: four skinny GEMM flops per entry, no tall SVD, mergeable.
+
+State after n rows: mean μ, exact scatter about it, and a rank-q summary ``V diag(λ) Vᵀ`` of the scatter matrix.
+A block X (b×d, mean m) is folded in through the current basis W = V only:
+
+    Y = X̄ᵀ(X̄ W) + V diag(λ) VᵀW + c·(μ-m)((μ-m)ᵀW),   X̄ = X - 1mᵀ,   c = n·b/(n+b)
+
+followed by a Nyström step (`smartinit.linalg.nystrom`). Everything that a batch adds to Y is a sum, so batches of a
+block share one W and need not be kept. The mean correction is that of incremental PCA (Ross et al., IJCV 2008);
+the sketch-and-Rayleigh-Ritz step replaces its SVD of the stacked ``(q + b + 1)×d`` matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from smartinit.linalg.nystrom import NystromStep, fill_basis, leading_directions, nystrom_step, random_basis
+from smartinit.linalg.threads import one_thread
+from smartinit.spectrum import Certificate
+from smartinit.statistics.cost import BLOCK_ROWS, sketch_width
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_CHUNK_ROWS = 4096
+_WARM_UP_BYTES = 4 << 20
+
+
+@dataclass
+class _Summary:
+    """Rank-q summary of ``rows`` rows: ``basis diag(values) basisᵀ`` about ``mean``."""
+
+    rows: int
+    mean: Tensor
+    basis: Tensor
+    values: Tensor
+
+    def product(self, sketch: Tensor) -> Tensor:
+        """The summary times ``sketch``, ``(d, q)``."""
+        return self.basis @ (self.values.to(self.basis.dtype).unsqueeze(-1) * (self.basis.mT @ sketch))
+
+
+class SubspacePCA:
+    """Streaming PCA of rows ``(b, features)``; see the module docstring and `Statistic`.
+
+    Args:
+        features: d.
+        components: directions that will be asked for, at most.
+        centred: remove the mean.
+        block_rows: rows that share one sketch; a block ends with the batch that reaches it.
+        seed: of the random starting sketch.
+        device: where the state lives; rows are expected there.
+
+    Cost: ``4 b d q`` flops per b rows and ``O(d q² + q³)`` per block; memory ``5 d q`` floats.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        components: int,
+        *,
+        centred: bool = True,
+        block_rows: int = BLOCK_ROWS,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.features = features
+        self.components = min(components, features)
+        self.centred = centred
+        self.block_rows = block_rows
+        self.seed = seed
+        self.width = sketch_width(features, self.components)
+        self._warm_up_rows = max(2 * self.width, min(block_rows, _WARM_UP_BYTES // (4 * features)))
+        self._scatter = 0.0
+        self._blocks = 0
+        self._halves: list[_Summary | None] = [None, None]
+        self._cosines = torch.zeros(self.width, dtype=torch.float64)
+        self._residuals: Tensor | None = None
+        self._unseen: Tensor | None = None
+        self._buffer: list[Tensor] = []
+        self._buffered = 0
+        self._generator = torch.Generator().manual_seed(seed)
+        zeros = torch.zeros(features, dtype=torch.float64, device=device)
+        self._whole = _Summary(0, zeros, random_basis(features, self.width, seed).to(device), zeros[: self.width])
+        self._clear_pending()
+
+    # -- the protocol ---------------------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> int:
+        """How many rows went in, pending ones included."""
+        return self._whole.rows + self._pending_rows + self._buffered
+
+    @property
+    def mean(self) -> Tensor:
+        """``(d,)`` float64 mean of the rows (zeros if not centred)."""
+        self.settle()
+        return self._whole.mean
+
+    @property
+    def total(self) -> float:
+        """Exact sum of squares about the mean (about zero if not centred)."""
+        self.settle()
+        return self._scatter
+
+    def update(self, rows: Tensor) -> None:
+        """Add rows ``(b, d)``. Blocks that are full are folded in by `settle_all` or by the next update.
+
+        Raises:
+            FloatingPointError: NaN or Inf in the rows; nothing was added then.
+        """
+        if self.full:
+            settle_all([self])
+        if self._whole.rows == 0 and self._buffered + rows.shape[0] < self._warm_up_rows:
+            # The first basis comes from rows at hand: keep them until there are enough for a good one.
+            _energy(rows.float())
+            self._buffer.append(rows.detach().float().clone())
+            self._buffered += rows.shape[0]
+            return
+        if self._whole.rows == 0:
+            self._warm_up(torch.cat([*self._buffer, rows.float()]) if self._buffer else rows.float())
+            return
+        shifted = rows - self._shift  # one fused cast and subtraction
+        energy = _energy(shifted)
+        for start in range(0, shifted.shape[0], _CHUNK_ROWS):
+            if start and self.full:
+                # A later chunk needs a shift and basis of its own only if the block ends here; re-centre it.
+                settle_all([self])
+                self.update(rows[start:])
+                return
+            chunk = shifted[start : start + _CHUNK_ROWS]
+            self._absorb(chunk, energy if chunk.shape[0] == shifted.shape[0] else _energy(chunk))
+
+    @property
+    def full(self) -> bool:
+        """Whether the pending block has all its rows."""
+        return self._pending_rows >= self.block_rows
+
+    def settle(self) -> None:
+        """Fold buffered and pending rows into the estimate."""
+        if self._buffer:
+            self._warm_up(torch.cat(self._buffer))
+        if self._pending_rows:
+            settle_all([self])
+
+    def merge(self, other: SubspacePCA) -> None:
+        """Add the rows of ``other``: exact on the two rank-q summaries, means and scatters.
+
+        Raises:
+            ValueError: other features or centring.
+        """
+        if (self.features, self.centred) != (other.features, other.centred):
+            msg = (
+                f"cannot merge statistics of {self.features} and {other.features} features "
+                f"(centred: {self.centred}, {other.centred})"
+            )
+            raise ValueError(msg)
+        self.settle()
+        other.settle()
+        if other.rows == 0:
+            return
+        a, b = self._whole, other._whole
+        if a.rows:
+            offset = a.mean - b.mean.to(a.mean)
+            self._scatter += other._scatter + a.rows * b.rows / (a.rows + b.rows) * float(offset @ offset)
+        else:
+            self._scatter = other._scatter
+        merged = _merge_summaries(a, b, self.width)
+        overlap = (a.basis.mT @ merged.basis).double()
+        self._cosines = overlap.diagonal().abs().cpu() if a.rows else other._cosines[: self.width].clone()
+        self._whole = merged
+        for i, half in enumerate(other._halves):
+            mine = self._halves[i]
+            if half is not None:
+                self._halves[i] = half if mine is None else _merge_summaries(mine, half, self.width)
+        self._blocks += other._blocks
+        self._residuals = self._residuals if self._residuals is not None else other._residuals
+        self._unseen = self._unseen if self._unseen is not None else other._unseen
+        self._revive()
+        self._clear_pending()
+
+    def similarity(self, components: int) -> float:
+        """Smallest cosine between the last two estimates of the leading directions."""
+        k = min(components, self.width)
+        return float(self._cosines[:k].min()) if k else 1.0
+
+    def settled(self, tau: float, components: int) -> bool:
+        """Whether `similarity` has reached ``tau``."""
+        return self._blocks > 1 and self.similarity(components) >= tau
+
+    def principal(self, components: int) -> tuple[Tensor, Tensor]:
+        """``(k, d)`` float32 orthonormal rows and ``(k,)`` float64 values, best first; sign: largest entry positive."""
+        self.settle()
+        k = min(components, self.width)
+        # Rows of a product are orthonormal to fp32 round-off only after one QR; R's diagonal carries the sign.
+        factor = torch.linalg.qr(self._whole.basis.double())
+        basis = (factor.Q * factor.R.diagonal().sign())[:, :k].mT
+        largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
+        return (basis * torch.where(largest < 0, -1.0, 1.0)).float().contiguous(), self._whole.values[:k].clone()
+
+    def certificate(self, components: int) -> Certificate:
+        """Accuracy of the ``components`` leading directions; see `Certificate`. No further pass over data."""
+        self.settle()
+        k = min(components, self.width)
+        captured = min(1.0, float(self._whole.values[:k].sum()) / self._scatter) if self._scatter > 0 else None
+        angle = None
+        first, second = self._halves
+        if first is not None and second is not None and k:
+            cosines = torch.linalg.svdvals((first.basis[:, :k].mT @ second.basis[:, :k]).double()).clamp(0, 1)
+            angle = math.degrees(math.acos(float(cosines.square().mean().sqrt().clamp(max=1.0))))
+        return Certificate(
+            rows=self.rows,
+            residual=None if self._residuals is None or not k else float(self._residuals[k - 1]),
+            captured=captured,
+            captured_held_out=None if self._unseen is None or not k else self._captured_unseen(k),
+            split_half_angle=angle,
+            similarity=self.similarity(k) if self._blocks > 1 else None,
+            components=k,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that restore this statistic, at a block boundary."""
+        self.settle()
+        out = {
+            "meta": torch.tensor(
+                [self.features, self.components, self.centred, self.block_rows, self.seed, self._blocks]
+            ),
+            "scatter": torch.tensor(self._scatter, dtype=torch.float64),
+            "cosines": self._cosines,
+        }
+        for name, summary in (("whole", self._whole), ("first", self._halves[0]), ("second", self._halves[1])):
+            if summary is not None:
+                out[f"{name}.rows"] = torch.tensor(summary.rows)
+                out[f"{name}.mean"] = summary.mean
+                out[f"{name}.basis"] = summary.basis.contiguous()
+                out[f"{name}.values"] = summary.values.contiguous()
+        if self._residuals is not None:
+            out["residuals"] = self._residuals
+        if self._unseen is not None:
+            out["unseen"] = self._unseen
+        return out
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> SubspacePCA:
+        """The inverse of `state`."""
+        features, components, centred, block_rows, seed, blocks = (int(v) for v in state["meta"])
+        new = cls(
+            features,
+            components,
+            centred=bool(centred),
+            block_rows=block_rows,
+            seed=seed,
+            device=state["whole.basis"].device,
+        )
+        summaries = [
+            _Summary(int(state[f"{n}.rows"]), *(state[f"{n}.{part}"].clone() for part in ("mean", "basis", "values")))
+            if f"{n}.rows" in state
+            else None
+            for n in ("whole", "first", "second")
+        ]
+        if summaries[0] is not None:
+            new._whole = summaries[0]
+        new._halves = summaries[1:]
+        new._scatter, new._blocks = float(state["scatter"]), blocks
+        new._cosines = state["cosines"].clone()
+        new._residuals, new._unseen = state.get("residuals"), state.get("unseen")
+        new._clear_pending()
+        return new
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _clear_pending(self) -> None:
+        self._pending_rows = 0
+        self._pending_energy = 0.0
+        self._shift = self._whole.mean.float()
+        # The last column collects the rows' sum: the second GEMM gives the mean for nothing.
+        basis = self._whole.basis
+        self._sketch = torch.cat([basis, basis.new_zeros(self.features, 1)], dim=1)
+        self._product = torch.zeros_like(self._sketch)
+        self._projected = basis.new_zeros(self.width, dtype=torch.float64)
+
+    def _absorb(self, shifted: Tensor, energy: float) -> None:
+        """Add rows, already shifted by the running mean, to the pending block."""
+        projected = shifted @ self._sketch
+        self._projected += torch.linalg.vector_norm(projected[:, :-1], dim=0).double().square()
+        projected[:, -1] = 1
+        self._product.addmm_(shifted.mT, projected)
+        self._pending_rows += shifted.shape[0]
+        self._pending_energy += energy
+
+    def _warm_up(self, rows: Tensor) -> None:
+        """First block: the rows are at hand, so the random sketch is improved by subspace iteration on them."""
+        mean = rows.mean(0, dtype=torch.float64) if self.centred else self._whole.mean
+        shifted = rows - mean.float()
+        self._scatter = _energy(shifted)
+        basis, values = leading_directions(shifted, self._whole.basis)
+        self._whole = _Summary(rows.shape[0], mean, basis, values)
+        self._revive()
+        self._halves = [self._whole, None]
+        self._blocks = 1
+        self._buffer, self._buffered = [], 0
+        self._clear_pending()
+
+    def _score_unseen(self, rows: int, energy: float) -> None:
+        """Keep what the basis captured of the block before it had seen it; a short block joins the one before."""
+        scores = torch.cat([self._projected.cumsum(0).cpu(), torch.tensor([energy], dtype=torch.float64)])
+        short = 2 * rows < self.block_rows and self._unseen is not None
+        self._unseen = self._unseen + scores if short else scores
+
+    def _captured_unseen(self, components: int) -> float | None:
+        if self._unseen is None or float(self._unseen[-1]) <= 0:
+            return None
+        return min(1.0, float(self._unseen[components - 1] / self._unseen[-1]))
+
+    def _revive(self) -> None:
+        self._whole.basis = fill_basis(self._whole.basis, self._whole.values, self._generator)
+
+
+def settle_all(statistics: Iterable[SubspacePCA]) -> None:
+    """Fold the pending block of every statistic into its estimate, equal shapes in one batched call.
+
+    Args:
+        statistics: each settled in place; those with nothing pending are left alone.
+    """
+    groups: dict[tuple[int, int, torch.device], list[SubspacePCA]] = defaultdict(list)
+    for statistic in statistics:
+        if statistic._pending_rows:
+            groups[statistic.features, statistic.width, statistic._product.device].append(statistic)
+    for group in groups.values():
+        _settle_group(group)
+
+
+def _settle_group(group: list[SubspacePCA]) -> None:
+    products, sketches, offsets = [], [], []
+    for s in group:
+        sketch, whole, rows = s._whole.basis, s._whole, s._pending_rows
+        product, offset = s._product[:, :-1], (s._product[:, -1] / rows).double()
+        if not s.centred:
+            offset = torch.zeros_like(offset)
+        # Sketch = basis, so the old summary times the sketch is a scaling of its columns.
+        seen = whole.rows / (whole.rows + rows)
+        shrink = rows * (seen - 1)  # n·b/(n+b) - b: about the block's own mean, then towards the common one
+        inner = (sketch.mT @ offset.float()) * shrink
+        offsets.append(offset)
+        products.append(product + sketch * whole.values.float() + torch.outer(offset.float(), inner))
+        sketches.append(sketch)
+    stacked = torch.stack(sketches)
+    with one_thread():
+        step = nystrom_step(torch.stack(products), stacked)
+        halves = _half_steps(group, stacked, offsets)
+    for i, s in enumerate(group):
+        _finish(s, step, i, offsets[i])
+        s._halves[s._blocks % 2] = halves[i]
+        s._blocks += 1
+        s._clear_pending()
+
+
+def _finish(s: SubspacePCA, step: NystromStep, i: int, offset: Tensor) -> None:
+    """Write one problem's result back: basis, values, mean, scatter and the figures of the certificate."""
+    rows, whole = s._pending_rows, s._whole
+    together = whole.rows + rows
+    square = float(offset @ offset)
+    block_energy = s._pending_energy
+    s._scatter = max(0.0, s._scatter + block_energy - rows * rows / together * square)
+    gram, small = step.gram[i], step.small[i]
+    # ‖Y_k - W_k M_k‖² and ‖Y_k‖² for every k at once: the residual of the directions before this update.
+    size = gram.diagonal().cumsum(0)
+    inside = small.square().cumsum(0).cumsum(1).diagonal()
+    s._residuals = ((size - inside).clamp_min(0) / size.clamp_min(1e-300)).sqrt().cpu()
+    s._cosines = step.overlap[i].diagonal().abs().cpu()
+    s._score_unseen(rows, block_energy)
+    moved = s._shift.double() - whole.mean + offset  # the shift is the mean rounded to float32
+    s._whole = _Summary(together, whole.mean + moved * (rows / together), step.basis[i], step.values[i])
+    s._revive()
+
+
+def _half_steps(group: list[SubspacePCA], sketches: Tensor, offsets: list[Tensor]) -> list[_Summary]:
+    """The block's own share goes to one of two halves, through the same products: no second look at rows."""
+    products, means, counts = [], [], []
+    for i, s in enumerate(group):
+        rows, offset, half = s._pending_rows, offsets[i], s._halves[s._blocks % 2]
+        block_mean = s._whole.mean + offset
+        product = s._product[:, :-1] - rows * torch.outer(offset.float(), sketches[i].mT @ offset.float())
+        if half is None:
+            means.append(block_mean)
+            counts.append(rows)
+        else:
+            gap = (half.mean - block_mean).float()
+            weight = half.rows * rows / (half.rows + rows)
+            product = product + half.product(sketches[i]) + torch.outer(gap, (sketches[i].mT @ gap) * weight)
+            counts.append(half.rows + rows)
+            means.append((half.mean * half.rows + block_mean * rows) / counts[-1])
+        products.append(product)
+    step = nystrom_step(torch.stack(products), sketches)
+    return [_Summary(counts[i], means[i], step.basis[i], step.values[i]) for i in range(len(group))]
+
+
+def _merge_summaries(a: _Summary, b: _Summary, width: int) -> _Summary:
+    """Exact principal directions of two rank-q summaries and the gap of their means, cut to ``width``."""
+    if a.rows == 0:
+        return _Summary(b.rows, b.mean, b.basis[:, :width], b.values[:width])
+    rows = a.rows + b.rows
+    basis, mean = b.basis.to(a.basis), b.mean.to(a.mean)
+    gap = (a.mean - mean) * math.sqrt(a.rows * b.rows / rows)
+    stacked = torch.cat(
+        [a.basis.double() * a.values.sqrt(), basis.double() * b.values.to(a.values).sqrt(), gap.unsqueeze(1)], dim=1
+    )
+    u, s, _ = torch.linalg.svd(stacked, full_matrices=False)
+    mean = (a.mean * a.rows + mean * b.rows) / rows
+    values = torch.zeros(width, dtype=torch.float64, device=u.device)
+    kept = min(width, s.numel())
+    values[:kept] = s[:kept].square()
+    out = torch.zeros(u.shape[0], width, dtype=a.basis.dtype, device=u.device)
+    out[:, :kept] = u[:, :kept].to(out)
+    values[values <= 1e-14 * values[0]] = 0
+    return _Summary(rows, mean, out * (values > 0), values)
+
+
+def _energy(rows: Tensor) -> float:
+    """Sum of squares, added up in float64; the one place where NaN and Inf are seen.
+
+    Raises:
+        FloatingPointError: the sum is not finite.
+    """
+    energy = float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
+    if not math.isfinite(energy):
+        raise FloatingPointError
+    return energy
