@@ -10,6 +10,7 @@ SmartinitError
 │   └── NonFiniteError                  NaN or Inf in activations; names layer and batch
 ├── MissingFileError (FileNotFoundError)
 ├── OutputError (OSError)               an output that exists already or cannot be written
+├── MissingDependencyError (ImportError) an optional package that is needed here and not installed
 ├── ArtefactError (ValueError)          an adapter folder that is not one, or is for another model
 └── VerificationError (ValueError)      a result that does not hold against its recomputation
 
@@ -68,6 +69,10 @@ class MissingFileError(SmartinitError, FileNotFoundError):
 
 class OutputError(SmartinitError, OSError):
     """An output that exists already or cannot be written."""
+
+
+class MissingDependencyError(SmartinitError, ImportError):
+    """An optional package that is needed here and not installed."""
 
 
 class ArtefactError(SmartinitError, ValueError):
