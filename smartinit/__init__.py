@@ -1,0 +1,83 @@
+"""Starting points for LoRA fine-tuning, computed from data and weights.
+
+    import smartinit as si
+
+    artefact = si.compute(model, si.LoraConfig(init_lora_weights="eva", r=16), dataloader)
+    artefact.save("adapter/")        # a plain PEFT adapter folder
+
+Importing this package imports neither torch nor transformers: each name below is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from smartinit import errors
+
+if TYPE_CHECKING:
+    from smartinit.adapters import LoraModel
+    from smartinit.artefact import Artefact
+    from smartinit.config import CordaConfig, EvaConfig, LoftQConfig, LoraConfig, LoraGAConfig
+    from smartinit.eva import get_eva_state_dict, initialize_lora_eva_weights
+    from smartinit.factors import Factors
+    from smartinit.pipeline import compute
+    from smartinit.planning.plan import Plan
+    from smartinit.recipe import Recipe
+    from smartinit.spectrum import Certificate, Spectrum
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Artefact",
+    "Certificate",
+    "CordaConfig",
+    "EvaConfig",
+    "Factors",
+    "LoftQConfig",
+    "LoraConfig",
+    "LoraGAConfig",
+    "LoraModel",
+    "Plan",
+    "Recipe",
+    "Spectrum",
+    "__version__",
+    "compute",
+    "errors",
+    "get_eva_state_dict",
+    "initialize_lora_eva_weights",
+]
+
+# Type checkers read the block above, the interpreter reads this table; a test holds them equal.
+_MODULE_OF = {
+    "Artefact": "smartinit.artefact",
+    "Certificate": "smartinit.spectrum",
+    "CordaConfig": "smartinit.config",
+    "EvaConfig": "smartinit.config",
+    "Factors": "smartinit.factors",
+    "LoftQConfig": "smartinit.config",
+    "LoraConfig": "smartinit.config",
+    "LoraGAConfig": "smartinit.config",
+    "LoraModel": "smartinit.adapters",
+    "Plan": "smartinit.planning.plan",
+    "Recipe": "smartinit.recipe",
+    "Spectrum": "smartinit.spectrum",
+    "compute": "smartinit.pipeline",
+    "get_eva_state_dict": "smartinit.eva",
+    "initialize_lora_eva_weights": "smartinit.eva",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used."""
+    if name not in _MODULE_OF:
+        msg = f"module 'smartinit' has no attribute '{name}'"
+        raise AttributeError(msg)
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    """Public names, imported or not, and the submodules imported so far."""
+    return sorted(set(globals()) | set(__all__))
