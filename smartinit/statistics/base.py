@@ -47,8 +47,17 @@ class Statistic(Protocol):
         """
         ...
 
+    @property
+    def full(self) -> bool:
+        """Whether enough rows are pending for a new estimate."""
+        ...
+
     def settle(self) -> None:
         """Fold what is pending into the estimate."""
+        ...
+
+    def values(self, components: int) -> Tensor:
+        """``(k,)`` float64 values of the estimate so far, on the CPU; what is pending is not in it."""
         ...
 
     def merge(self, other: Self) -> None:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 # Skinny products reach a lower share of a machine's peak than square ones.
-_SKINNY_PENALTY = 1.5
-# eigh of a d×d float64 matrix: about 25 d³ flops at a tenth of the speed of a float32 product.
-_EIGH_WEIGHT = 250.0
+_SKINNY_PENALTY = 2.0
+# Measured on a CPU, in flops of a large float32 product: eigh of a d×d float64 matrix, and the small
+# problems that end a block of the sketch.
+_EIGH_WEIGHT = 50.0
+_BLOCK_FLOPS = 5e7
 # Rows that share one sketch; more would save little and look at convergence too seldom.
 BLOCK_ROWS = 2048
 
@@ -46,7 +48,7 @@ def plan_statistic(features: int, components: int) -> StatisticCost:
         The cheaper one, with its work and memory. The Gram's eigendecomposition once per block is counted.
     """
     width = sketch_width(features, components)
-    sketch = 4.0 * features * width * _SKINNY_PENALTY
+    sketch = 4.0 * features * width * _SKINNY_PENALTY + _BLOCK_FLOPS / BLOCK_ROWS
     gram = 2.0 * features**2 + _EIGH_WEIGHT * features**3 / BLOCK_ROWS
     if gram <= sketch:
         return StatisticCost("gram", features, gram, 2 * 8 * features**2)

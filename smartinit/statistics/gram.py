@@ -91,13 +91,22 @@ class GramStatistic:
         self._counts[half] += rows.shape[0]
         self._in_block += rows.shape[0]
 
+    @property
+    def full(self) -> bool:
+        """Whether enough rows are pending for a new estimate."""
+        return self._in_block >= self.block_rows
+
     def settle(self) -> None:
-        """Close a full block: look at the step from the last estimate, then feed the other half."""
-        if self._in_block < self.block_rows:
+        """Close the block: look at the step from the last estimate, then feed the other half."""
+        if not self._in_block:
             return
         self._decompose()
         self._block += 1
         self._in_block = 0
+
+    def values(self, components: int) -> Tensor:
+        """``(k,)`` float64 values at the end of the last block, on the CPU."""
+        return self._values[: min(components, self.features)].cpu()
 
     def merge(self, other: GramStatistic) -> None:
         """Add the rows of ``other``: exact.
@@ -136,8 +145,7 @@ class GramStatistic:
 
     def principal(self, components: int) -> tuple[Tensor, Tensor]:
         """``(k, d)`` float32 orthonormal rows and ``(k,)`` float64 values, best first; sign: largest entry positive."""
-        if self._decomposed_rows != self.rows:
-            self._decompose()
+        self._decompose()
         k = min(components, self.features)
         assert self._basis is not None
         rows = self._basis[:, :k].mT
@@ -187,9 +195,10 @@ class GramStatistic:
         return moment - torch.outer(total, total) / rows
 
     def _decompose(self) -> None:
-        self._previous = self._basis
-        self._values, self._basis = _eigh(self.matrix())
-        self._decomposed_rows = self.rows
+        if self._decomposed_rows != self.rows:
+            self._previous = self._basis
+            self._values, self._basis = _eigh(self.matrix())
+            self._decomposed_rows = self.rows
 
     def _compare_halves(self, k: int) -> tuple[float | None, float | None]:
         """Captured variance of one half's directions on the other, and the angle between the two, in degrees."""

@@ -79,15 +79,15 @@ class SubspacePCA:
         self._warm_up_rows = max(2 * self.width, min(block_rows, _WARM_UP_BYTES // (4 * features)))
         self._scatter = 0.0
         self._blocks = 0
-        self._halves: list[_Summary | None] = [None, None]
         self._cosines = torch.zeros(self.width, dtype=torch.float64)
-        self._residuals: Tensor | None = None
-        self._unseen: Tensor | None = None
+        self._residuals = torch.full_like(self._cosines, -1.0)  # negative: not known yet
+        self._unseen = torch.zeros(self.width + 1, dtype=torch.float64)  # captured by k directions; last: the total
         self._buffer: list[Tensor] = []
         self._buffered = 0
         self._generator = torch.Generator().manual_seed(seed)
         zeros = torch.zeros(features, dtype=torch.float64, device=device)
-        self._whole = _Summary(0, zeros, random_basis(features, self.width, seed).to(device), zeros[: self.width])
+        empty = _Summary(0, zeros, random_basis(features, self.width, seed).to(device), zeros[: self.width])
+        self._whole, self._halves = empty, [empty, empty]
         self._clear_pending()
 
     # -- the protocol ---------------------------------------------------------------------------------------------
@@ -149,6 +149,10 @@ class SubspacePCA:
         if self._pending_rows:
             settle_all([self])
 
+    def values(self, components: int) -> Tensor:
+        """``(k,)`` float64 values of the estimate so far, on the CPU; what is pending is not in it."""
+        return self._whole.values[: min(components, self.width)].cpu()
+
     def merge(self, other: SubspacePCA) -> None:
         """Add the rows of ``other``: exact on the two rank-q summaries, means and scatters.
 
@@ -173,15 +177,12 @@ class SubspacePCA:
             self._scatter = other._scatter
         merged = _merge_summaries(a, b, self.width)
         overlap = (a.basis.mT @ merged.basis).double()
-        self._cosines = overlap.diagonal().abs().cpu() if a.rows else other._cosines[: self.width].clone()
+        self._cosines = overlap.diagonal().abs().cpu() if a.rows else _fit(other._cosines, self.width)
         self._whole = merged
-        for i, half in enumerate(other._halves):
-            mine = self._halves[i]
-            if half is not None:
-                self._halves[i] = half if mine is None else _merge_summaries(mine, half, self.width)
+        self._halves = [_merge_summaries(*pair, self.width) for pair in zip(self._halves, other._halves, strict=True)]
         self._blocks += other._blocks
-        self._residuals = self._residuals if self._residuals is not None else other._residuals
-        self._unseen = self._unseen if self._unseen is not None else other._unseen
+        self._residuals = torch.maximum(self._residuals, _fit(other._residuals, self.width))
+        self._unseen = self._unseen + torch.cat([_fit(other._unseen[:-1], self.width), other._unseen[-1:]])
         self._revive()
         self._clear_pending()
 
@@ -211,14 +212,14 @@ class SubspacePCA:
         captured = min(1.0, float(self._whole.values[:k].sum()) / self._scatter) if self._scatter > 0 else None
         angle = None
         first, second = self._halves
-        if first is not None and second is not None and k:
+        if first.rows and second.rows and k:
             cosines = torch.linalg.svdvals((first.basis[:, :k].mT @ second.basis[:, :k]).double()).clamp(0, 1)
             angle = math.degrees(math.acos(float(cosines.square().mean().sqrt().clamp(max=1.0))))
         return Certificate(
             rows=self.rows,
-            residual=None if self._residuals is None or not k else float(self._residuals[k - 1]),
+            residual=float(self._residuals[k - 1]) if k and float(self._residuals[k - 1]) >= 0 else None,
             captured=captured,
-            captured_held_out=None if self._unseen is None or not k else self._captured_unseen(k),
+            captured_held_out=min(1.0, float(self._unseen[k - 1] / self._unseen[-1])) if k and self._unseen[-1] > 0 else None,
             split_half_angle=angle,
             similarity=self.similarity(k) if self._blocks > 1 else None,
             components=k,
@@ -227,49 +228,33 @@ class SubspacePCA:
     def state(self) -> dict[str, Tensor]:
         """Tensors that restore this statistic, at a block boundary."""
         self.settle()
+        numbers = [self.features, self.components, self.centred, self.block_rows, self.seed, self._blocks]
         out = {
-            "meta": torch.tensor(
-                [self.features, self.components, self.centred, self.block_rows, self.seed, self._blocks]
-            ),
+            "meta": torch.tensor(numbers),
             "scatter": torch.tensor(self._scatter, dtype=torch.float64),
             "cosines": self._cosines,
+            "residuals": self._residuals,
+            "unseen": self._unseen,
         }
         for name, summary in (("whole", self._whole), ("first", self._halves[0]), ("second", self._halves[1])):
-            if summary is not None:
-                out[f"{name}.rows"] = torch.tensor(summary.rows)
-                out[f"{name}.mean"] = summary.mean
-                out[f"{name}.basis"] = summary.basis.contiguous()
-                out[f"{name}.values"] = summary.values.contiguous()
-        if self._residuals is not None:
-            out["residuals"] = self._residuals
-        if self._unseen is not None:
-            out["unseen"] = self._unseen
-        return out
+            out[f"{name}.rows"] = torch.tensor(summary.rows)
+            out[f"{name}.mean"] = summary.mean
+            out[f"{name}.basis"] = summary.basis.contiguous()
+            out[f"{name}.values"] = summary.values
+        return {name: tensor.clone() for name, tensor in out.items()}
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> SubspacePCA:
         """The inverse of `state`."""
         features, components, centred, block_rows, seed, blocks = (int(v) for v in state["meta"])
-        new = cls(
-            features,
-            components,
-            centred=bool(centred),
-            block_rows=block_rows,
-            seed=seed,
-            device=state["whole.basis"].device,
-        )
-        summaries = [
+        device = state["whole.basis"].device
+        new = cls(features, components, centred=bool(centred), block_rows=block_rows, seed=seed, device=device)
+        new._whole, *new._halves = (
             _Summary(int(state[f"{n}.rows"]), *(state[f"{n}.{part}"].clone() for part in ("mean", "basis", "values")))
-            if f"{n}.rows" in state
-            else None
             for n in ("whole", "first", "second")
-        ]
-        if summaries[0] is not None:
-            new._whole = summaries[0]
-        new._halves = summaries[1:]
+        )
         new._scatter, new._blocks = float(state["scatter"]), blocks
-        new._cosines = state["cosines"].clone()
-        new._residuals, new._unseen = state.get("residuals"), state.get("unseen")
+        new._cosines, new._residuals, new._unseen = (state[n].clone() for n in ("cosines", "residuals", "unseen"))
         new._clear_pending()
         return new
 
@@ -302,7 +287,7 @@ class SubspacePCA:
         basis, values = leading_directions(shifted, self._whole.basis)
         self._whole = _Summary(rows.shape[0], mean, basis, values)
         self._revive()
-        self._halves = [self._whole, None]
+        self._halves = [self._whole, _Summary(0, mean, basis, torch.zeros_like(values))]
         self._blocks = 1
         self._buffer, self._buffered = [], 0
         self._clear_pending()
@@ -310,13 +295,7 @@ class SubspacePCA:
     def _score_unseen(self, rows: int, energy: float) -> None:
         """Keep what the basis captured of the block before it had seen it; a short block joins the one before."""
         scores = torch.cat([self._projected.cumsum(0).cpu(), torch.tensor([energy], dtype=torch.float64)])
-        short = 2 * rows < self.block_rows and self._unseen is not None
-        self._unseen = self._unseen + scores if short else scores
-
-    def _captured_unseen(self, components: int) -> float | None:
-        if self._unseen is None or float(self._unseen[-1]) <= 0:
-            return None
-        return min(1.0, float(self._unseen[components - 1] / self._unseen[-1]))
+        self._unseen = self._unseen + scores if 2 * rows < self.block_rows else scores
 
     def _revive(self) -> None:
         self._whole.basis = fill_basis(self._whole.basis, self._whole.values, self._generator)
@@ -387,15 +366,11 @@ def _half_steps(group: list[SubspacePCA], sketches: Tensor, offsets: list[Tensor
         rows, offset, half = s._pending_rows, offsets[i], s._halves[s._blocks % 2]
         block_mean = s._whole.mean + offset
         product = s._product[:, :-1] - rows * torch.outer(offset.float(), sketches[i].mT @ offset.float())
-        if half is None:
-            means.append(block_mean)
-            counts.append(rows)
-        else:
-            gap = (half.mean - block_mean).float()
-            weight = half.rows * rows / (half.rows + rows)
-            product = product + half.product(sketches[i]) + torch.outer(gap, (sketches[i].mT @ gap) * weight)
-            counts.append(half.rows + rows)
-            means.append((half.mean * half.rows + block_mean * rows) / counts[-1])
+        gap = (half.mean - block_mean).float()
+        weight = half.rows * rows / (half.rows + rows)
+        product = product + half.product(sketches[i]) + torch.outer(gap, (sketches[i].mT @ gap) * weight)
+        counts.append(half.rows + rows)
+        means.append((half.mean * half.rows + block_mean * rows) / counts[-1])
         products.append(product)
     step = nystrom_step(torch.stack(products), sketches)
     return [_Summary(counts[i], means[i], step.basis[i], step.values[i]) for i in range(len(group))]
@@ -403,9 +378,9 @@ def _half_steps(group: list[SubspacePCA], sketches: Tensor, offsets: list[Tensor
 
 def _merge_summaries(a: _Summary, b: _Summary, width: int) -> _Summary:
     """Exact principal directions of two rank-q summaries and the gap of their means, cut to ``width``."""
-    if a.rows == 0:
-        return _Summary(b.rows, b.mean, b.basis[:, :width], b.values[:width])
     rows = a.rows + b.rows
+    if b.rows == 0:
+        return a
     basis, mean = b.basis.to(a.basis), b.mean.to(a.mean)
     gap = (a.mean - mean) * math.sqrt(a.rows * b.rows / rows)
     stacked = torch.cat(
@@ -420,6 +395,11 @@ def _merge_summaries(a: _Summary, b: _Summary, width: int) -> _Summary:
     out[:, :kept] = u[:, :kept].to(out)
     values[values <= 1e-14 * values[0]] = 0
     return _Summary(rows, mean, out * (values > 0), values)
+
+
+def _fit(values: Tensor, width: int) -> Tensor:
+    """``values`` cut or padded (by its last entry) to ``width``: sketches of two statistics may differ in width."""
+    return torch.cat([values[:width], values[-1:].expand(max(0, width - values.numel()))])
 
 
 def _energy(rows: Tensor) -> float:
