@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     class TinyLlama(Protocol):
         """Makes a Llama with random weights; keywords go to its LlamaConfig."""
 
-        def __call__(self, *, seed: int = ..., dtype: torch.dtype = ..., **config: object) -> LlamaForCausalLM: ...
+        def __call__(
+            self, *, seed: int = ..., dtype: torch.dtype | None = ..., **config: object
+        ) -> LlamaForCausalLM: ...
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -68,10 +70,10 @@ def demo_model_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_llama() -> TinyLlama:
+def tiny_llama(seed: int) -> TinyLlama:
     """Factory of Llamas with random weights: two layers of width 32 unless told otherwise, in eval mode."""
 
-    def make(*, seed: int = 0, dtype: torch.dtype | None = None, **config: object) -> LlamaForCausalLM:
+    def make(*, seed: int = seed, dtype: torch.dtype | None = None, **config: object) -> LlamaForCausalLM:
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
