@@ -1,0 +1,1 @@
+"""The rows that reach each target layer, read off ordinary forward passes."""

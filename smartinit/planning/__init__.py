@@ -1,0 +1,1 @@
+"""How many ranks every target gets."""

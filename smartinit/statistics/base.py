@@ -17,11 +17,12 @@ class Statistic(Protocol):
 
     Attributes:
         features: d, the number of columns.
-        rows: how many rows went in.
+        components: most directions that can be asked for.
         centred: whether the mean is removed.
     """
 
     features: int
+    components: int
     centred: bool
 
     @property
@@ -56,8 +57,8 @@ class Statistic(Protocol):
         """Fold what is pending into the estimate."""
         ...
 
-    def values(self, components: int) -> Tensor:
-        """``(k,)`` float64 values of the estimate so far, on the CPU; what is pending is not in it."""
+    def explained(self, components: int) -> Tensor:
+        """``(k,)`` float64 shares of the variance at the last estimate, on the CPU; what is pending is not in it."""
         ...
 
     def merge(self, other: Self) -> None:
@@ -87,4 +88,8 @@ class Statistic(Protocol):
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Self:
         """The inverse of `state`."""
+        ...
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Become what ``state`` describes, in place."""
         ...

@@ -35,6 +35,7 @@ class GramStatistic:
         self, features: int, *, centred: bool = True, block_rows: int = BLOCK_ROWS, device: torch.device | str = "cpu"
     ) -> None:
         self.features = features
+        self.components = features
         self.centred = centred
         self.block_rows = block_rows
         zeros = torch.zeros(2, features, dtype=torch.float64, device=device)
@@ -46,7 +47,8 @@ class GramStatistic:
         self._in_block = 0
         self._previous: Tensor | None = None
         self._basis: Tensor | None = None
-        self._decomposed_rows = -1
+        self._decomposed_rows = self._compared_rows = -1
+        self._half_bases: list[Tensor] = []
         self._values = zeros[0]
 
     @property
@@ -104,9 +106,9 @@ class GramStatistic:
         self._block += 1
         self._in_block = 0
 
-    def values(self, components: int) -> Tensor:
-        """``(k,)`` float64 values at the end of the last block, on the CPU."""
-        return self._values[: min(components, self.features)].cpu()
+    def explained(self, components: int) -> Tensor:
+        """``(k,)`` float64 shares of the variance at the end of the last block, on the CPU."""
+        return self._values[: min(components, self.features)].cpu() / float(self._values.sum().clamp_min(1e-300))
 
     def merge(self, other: GramStatistic) -> None:
         """Add the rows of ``other``: exact.
@@ -188,6 +190,10 @@ class GramStatistic:
         new._shift, new._sums, new._moments = (state[n].clone() for n in ("shift", "sums", "moments"))
         return new
 
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Become what `state` describes, in place."""
+        self.__dict__.update(type(self).from_state(state).__dict__)
+
     def _scatter(self, moment: Tensor, total: Tensor, rows: int) -> Tensor:
         """Second moment about the mean from one about the shift (which is zero if not centred)."""
         if not self.centred or not rows:
@@ -205,7 +211,9 @@ class GramStatistic:
         if not all(self._counts) or not k:
             return None, None
         scatters = [self._scatter(self._moments[i], self._sums[i], self._counts[i]) for i in (0, 1)]
-        bases = [_eigh(s)[1][:, :k] for s in scatters]
+        if self._compared_rows != self.rows:
+            self._half_bases, self._compared_rows = [_eigh(s)[1] for s in scatters], self.rows
+        bases = [basis[:, :k] for basis in self._half_bases]
         shares = [
             float((bases[i] * (scatters[1 - i] @ bases[i])).sum()) / max(float(scatters[1 - i].trace()), 1e-300)
             for i in (0, 1)

@@ -149,9 +149,9 @@ class SubspacePCA:
         if self._pending_rows:
             settle_all([self])
 
-    def values(self, components: int) -> Tensor:
-        """``(k,)`` float64 values of the estimate so far, on the CPU; what is pending is not in it."""
-        return self._whole.values[: min(components, self.width)].cpu()
+    def explained(self, components: int) -> Tensor:
+        """``(k,)`` float64 shares of the variance at the last estimate, on the CPU; what is pending is not in it."""
+        return self._whole.values[: min(components, self.width)].cpu() / max(self._scatter, 1e-300)
 
     def merge(self, other: SubspacePCA) -> None:
         """Add the rows of ``other``: exact on the two rank-q summaries, means and scatters.
@@ -257,6 +257,10 @@ class SubspacePCA:
         new._cosines, new._residuals, new._unseen = (state[n].clone() for n in ("cosines", "residuals", "unseen"))
         new._clear_pending()
         return new
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Become what `state` describes, in place."""
+        self.__dict__.update(type(self).from_state(state).__dict__)
 
     # -- inside -----------------------------------------------------------------------------------------------------
 

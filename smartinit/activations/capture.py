@@ -1,0 +1,394 @@
+"""Hooks in a with-block: every forward pass feeds the statistics of its sites, and ends as soon as it can."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from smartinit.activations.rows import (
+    ForwardFn,
+    PrepareLayerInputs,
+    PrepareModelInputs,
+    RowFilter,
+    flatten_rows,
+    forward_fn_dict,
+    label_mask_options,
+    layer_tensor,
+    prepare_layer_inputs_fn_language_modeling,
+    prepare_model_inputs_fn_language_modeling,
+    token_masks,
+)
+from smartinit.activations.sites import Site, TensorIdentity
+from smartinit.activations.state import evaluation_mode, model_device, preserved_rng
+from smartinit.errors import ArgumentError, NonFiniteError, UnknownNameError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from typing_extensions import Self
+
+    from smartinit.statistics.base import Statistic
+
+
+class HookTarget(Protocol):
+    """What capture needs to know of a target."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the base model."""
+        ...
+
+    @property
+    def path(self) -> str:
+        """Its name in the model that is run."""
+        ...
+
+    @property
+    def module(self) -> nn.Module:
+        """The module whose input is read."""
+        ...
+
+    @property
+    def in_features(self) -> int:
+        """Last dimension of its input."""
+        ...
+
+
+class _PassComplete(BaseException):
+    """Ends a forward pass: nothing after this point is needed. Not an `Exception`: no model may swallow it."""
+
+
+class Capture:
+    """Feeds activation rows of ``targets`` to statistics, one forward pass at a time.
+
+    Use as a context manager. Inside, the model is in eval mode without gradients and carries our hooks; on leaving
+    (also by an exception) hooks, training flags of every submodule, adapter state and random streams are as before.
+
+    Args:
+        model: what ``forward_fn`` is called with.
+        targets: the layers to look at.
+        new_statistic: makes an empty statistic for a target, on a device.
+        components: directions that each target will be asked for, by name.
+        config: LoRA configuration; its ``eva_config`` says how labels mask, and it is handed to
+            ``prepare_model_inputs_fn``.
+        forward_fn: ``(model, batch)``; the default calls ``model(**batch)`` and lets the pass end early.
+        prepare_model_inputs_fn: ``(batch, config)`` once per batch; its result is handed to the next.
+        prepare_layer_inputs_fn: ``(layer_input, prepared, layer_name) -> (rows, features)``, one callable or a
+            mapping from module names (others: all rows); None: all rows.
+        skip_bad_batches: count and skip batches with NaN or Inf instead of raising.
+
+    Raises:
+        UnknownNameError: the mapping names a module that is no target.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Sequence[HookTarget],
+        new_statistic: Callable[[HookTarget, torch.device], Statistic],
+        *,
+        components: Mapping[str, int] | None = None,
+        config: Any = None,  # noqa: ANN401 - ours or PEFT's
+        forward_fn: ForwardFn = forward_fn_dict,
+        prepare_model_inputs_fn: PrepareModelInputs | None = prepare_model_inputs_fn_language_modeling,
+        prepare_layer_inputs_fn: (
+            PrepareLayerInputs | Mapping[str, PrepareLayerInputs] | None
+        ) = prepare_layer_inputs_fn_language_modeling,
+        skip_bad_batches: bool = False,
+    ) -> None:
+        self.sites: list[Site] = []
+        self.passes = 0
+        self.bad_batches: list[int] = []
+        self.tokens = 0
+        self._model = model
+        self._targets = list(targets)
+        self._new_statistic = new_statistic
+        self._components = dict(components or {})
+        self._config = config
+        self._forward_fn = forward_fn
+        self._prepare_model_inputs_fn = prepare_model_inputs_fn
+        self._skip_bad_batches = skip_bad_batches
+        self._selectors = _selectors(self._targets, prepare_layer_inputs_fn, prepare_model_inputs_fn)
+        self._default_forward = forward_fn is forward_fn_dict
+        self._site_of: dict[str, Site] = {}
+        self._position: dict[str, int] = {}
+        self._irregular: set[str] = set()
+        self._identity = TensorIdentity()
+        self._stop_at: str | None = None
+        self._stack = ExitStack()
+        self._begin_pass(None)
+
+    def __enter__(self) -> Self:
+        """Put the model into eval mode and attach the hooks."""
+        with ExitStack() as stack:  # undone at once if a later step fails
+            stack.enter_context(preserved_rng(self._model))
+            stack.enter_context(evaluation_mode(self._model))
+            stack.enter_context(torch.no_grad())
+            disable_adapter = getattr(self._model, "disable_adapter", None)
+            if callable(disable_adapter) and hasattr(self._model, "peft_config"):
+                stack.enter_context(disable_adapter())
+            for target in self._targets:
+                hook = partial(self._observe, target)
+                stack.enter_context(
+                    _removed(target.module.register_forward_pre_hook(hook, with_kwargs=True))
+                )
+            end = _trunk(self._model, self._targets) if self._default_forward else None
+            if end is not None:
+                stack.enter_context(_removed(end.register_forward_hook(_complete)))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Put everything back."""
+        self._stack.close()
+        self._begin_pass(None)
+
+    def run(self, batch: Any) -> bool:  # noqa: ANN401 - whatever the data loader yields
+        """One forward pass. Sites that are not `Site.open` are left alone, and nothing after the last open one runs.
+
+        Returns:
+            Whether the batch was used (False: skipped for NaN or Inf).
+
+        Raises:
+            NonFiniteError: NaN or Inf in a layer's input, unless ``skip_bad_batches``.
+            ArgumentError: a batch or a layer's input that cannot be turned into rows.
+        """
+        device = model_device(self._model)
+        batch = batch if device is None else _move(batch, device)
+        self._begin_pass(batch)
+        self._stop_at = self._last_needed()
+        before = [copy.deepcopy(site.statistic) for site in self.sites] if self._skip_bad_batches else []
+        complete = False
+        try:
+            self._forward_fn(self._model, self._without_cache(batch))
+            complete = True
+        except _PassComplete:
+            pass
+        except NonFiniteError:
+            if not self._skip_bad_batches:
+                raise
+            self._roll_back(before)
+            self.bad_batches.append(self.passes)
+            self.passes += 1
+            return False
+        self._learn_order(complete=complete or self._stop_at is None)
+        self.tokens += self._filter.tokens
+        self.passes += 1
+        return True
+
+    # -- one pass -----------------------------------------------------------------------------------------------------
+
+    def _begin_pass(self, batch: Any) -> None:  # noqa: ANN401
+        self._identity.clear()
+        self._calls: Counter[str] = Counter()
+        self._fed: dict[tuple[object, ...], list[Site]] = {}
+        self._born: set[int] = set()
+        self._custom_rows: dict[int, Tensor] = {}
+        self._prepared: Any = None
+        self._filter = RowFilter([])
+        if batch is None:
+            return
+        if self._prepare_model_inputs_fn is prepare_model_inputs_fn_language_modeling:
+            self._filter = RowFilter(token_masks(batch, **label_mask_options(self._config)))
+        if any(callable(selector) for selector in self._selectors.values()):
+            prepare = self._prepare_model_inputs_fn
+            self._prepared = batch if prepare is None else prepare(batch, self._config)
+
+    def _observe(self, target: HookTarget, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The hook: find the site of what reaches this target, and feed it once."""
+        name = target.name
+        self._calls[name] += 1
+        self._position.setdefault(name, len(self._position))
+        site = self._site_of.get(name)
+        if site is None or site.open:
+            given = args or tuple(kwargs.values())
+            tensor = layer_tensor(given, target.path)
+            key = self._identity(tensor)
+            sites = self._fed.setdefault(key, [])
+            site, rows = self._find_site(target, site, sites, given)
+            if site not in sites:
+                self._feed(site, target, self._rows(target, given) if rows is None else rows)
+                sites.append(site)
+        if name == self._stop_at:
+            raise _PassComplete
+
+    def _find_site(
+        self, target: HookTarget, site: Site | None, sites: list[Site], given: tuple[Any, ...]
+    ) -> tuple[Site, Tensor | None]:
+        """The target's site, and its rows if they had to be made. A new or deviating target founds its own."""
+        name = target.name
+        if site is not None and (site in sites or site.names[0] == name):
+            return site, None
+        rows = None
+        custom = callable(self._selectors[name])
+        if site is None:
+            rows = self._rows(target, given) if custom else None
+            for other in sites:
+                if id(other) not in self._born or self._selectors[other.names[0]] != self._selectors[name]:
+                    continue
+                if other.statistic.components < self._components.get(name, 0):
+                    continue  # it could not give this target all its directions
+                # A callable sees the layer's name: only equal rows prove that it treats both alike.
+                if rows is None or torch.equal(rows, self._custom_rows[id(other)]):
+                    other.names.append(name)
+                    self._site_of[name] = other
+                    return other, rows
+        else:
+            site.names.remove(name)  # it no longer reads what the others read
+        device = layer_tensor(given, target.path).device
+        fresh = Site([name], target.in_features, self._new_statistic(target, device))
+        self.sites.append(fresh)
+        self._born.add(id(fresh))
+        self._site_of[name] = fresh
+        if rows is not None:
+            self._custom_rows[id(fresh)] = rows
+        return fresh, rows
+
+    def _rows(self, target: HookTarget, given: tuple[Any, ...]) -> Tensor:
+        selector = self._selectors[target.name]
+        if selector is None:
+            return flatten_rows(layer_tensor(given, target.path))
+        if not callable(selector):
+            return self._filter(layer_tensor(given, target.path))
+        rows = selector(given, self._prepared, target.path)
+        if not isinstance(rows, Tensor) or rows.ndim != 2:  # noqa: PLR2004 - the contract
+            got = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+            msg = f"prepare_layer_inputs_fn must return a 2-D tensor (rows, features) for layer '{target.path}', got {got}"
+            raise ArgumentError(msg)
+        return rows
+
+    def _feed(self, site: Site, target: HookTarget, rows: Tensor) -> None:
+        if rows.shape[-1] != site.features:
+            msg = f"layer '{target.path}' has {site.features} input features, but its rows have {rows.shape[-1]}"
+            raise ArgumentError(msg)
+        if rows.shape[0] == 0:
+            return
+        try:
+            site.statistic.update(rows)
+        except FloatingPointError:
+            raise NonFiniteError(target.path, self.passes) from None
+
+    # -- what is known about the order ---------------------------------------------------------------------------------
+
+    def _learn_order(self, *, complete: bool) -> None:
+        """Targets that do not run exactly once per pass (experts, shared layers) cannot end a pass."""
+        reach = None if complete or self._stop_at is None else self._position[self._stop_at]
+        for target in self._targets:
+            position = self._position.get(target.name)
+            expected = position is not None and (reach is None or position <= reach)
+            if expected and self._calls[target.name] != 1:
+                self._irregular.add(target.name)
+
+    def _last_needed(self) -> str | None:
+        """The target at which a pass can end; None when it must run on."""
+        if not self._default_forward or not self.passes or len(self._site_of) < len(self._targets):
+            return None
+        leaders = [site.names[0] for site in self.sites if site.open]
+        if not leaders or self._irregular.intersection(leaders):
+            return None
+        return max(leaders, key=self._position.__getitem__)
+
+    def _roll_back(self, before: list[Statistic]) -> None:
+        """Undo a pass: statistics as before it, sites that it founded or changed forgotten."""
+        kept = self.sites[: len(before)]
+        for site, statistic in zip(kept, before, strict=True):
+            site.statistic = statistic
+        gone = {id(site) for site in self.sites[len(before) :]}
+        self.sites = kept
+        self._site_of = {name: site for name, site in self._site_of.items() if id(site) not in gone}
+
+    def _without_cache(self, batch: Any) -> Any:  # noqa: ANN401
+        """The batch, with the key-value cache switched off where the model would fill one for nothing."""
+        if not self._default_forward or not isinstance(batch, Mapping) or "use_cache" in batch:
+            return batch
+        if "use_cache" not in inspect.signature(unwrap(self._model).forward).parameters:
+            return batch
+        return {**batch, "use_cache": False}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own model inside wrappers (PEFT, DistributedDataParallel, torch.compile)."""
+    for _ in range(8):  # a bound, not a depth anyone has seen
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and hasattr(model, "peft_config") and callable(getattr(model, "get_base_model", None)):
+            inner = model.get_base_model()
+        if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module) or inner is model:
+            return model
+        model = inner
+    return model
+
+
+def _trunk(model: nn.Module, targets: Sequence[HookTarget]) -> nn.Module | None:
+    """The part of a transformers model below its head, if it holds every target: the head need never run."""
+    inner = unwrap(model)
+    trunk = getattr(inner, "base_model", None) if hasattr(inner, "base_model_prefix") else None
+    if not isinstance(trunk, nn.Module) or trunk is inner:
+        return None
+    inside = {id(module) for module in trunk.modules()}
+    return trunk if all(id(target.module) in inside for target in targets) else None
+
+
+def _complete(*_arguments: object) -> None:
+    raise _PassComplete
+
+
+def _selectors(
+    targets: Sequence[HookTarget],
+    prepare: PrepareLayerInputs | Mapping[str, PrepareLayerInputs] | None,
+    prepare_model: PrepareModelInputs | None,
+) -> dict[str, PrepareLayerInputs | str | None]:
+    """Per target: a callable, ``"masked"`` (the default rows), or None (all rows). The mapping is only read."""
+    if isinstance(prepare, Mapping):
+        names = {key: target.name for target in targets for key in (target.name, target.path)}
+        unknown = [key for key in prepare if key not in names]
+        if unknown:
+            msg = (
+                f"prepare_layer_inputs_fn is a mapping, but no target is called {unknown}; "
+                f"targets are, for instance, {[t.path for t in targets[:3]]}"
+            )
+            raise UnknownMappingKeyError(msg)
+        given = {names[key]: function for key, function in prepare.items()}
+    else:
+        given = {target.name: prepare for target in targets if prepare is not None}
+    default = prepare_layer_inputs_fn_language_modeling
+    masked = prepare_model is prepare_model_inputs_fn_language_modeling or prepare_model is None
+    out: dict[str, PrepareLayerInputs | str | None] = {}
+    for target in targets:
+        function = given.get(target.name)
+        out[target.name] = "masked" if function is default and masked else function
+    return out
+
+
+class UnknownMappingKeyError(UnknownNameError, ValueError):
+    """A mapping with a module name that is no target (PEFT raises ValueError here)."""
+
+
+class _removed(ExitStack):  # noqa: N801 - reads as a verb in a with-statement
+    """Removes a hook's handle on leaving."""
+
+    def __init__(self, handle: Any) -> None:  # noqa: ANN401 - torch's RemovableHandle
+        super().__init__()
+        self.callback(handle.remove)
+
+
+def _move(inputs: Any, device: torch.device) -> Any:  # noqa: ANN401 - any nesting of tensors
+    """``inputs`` with every tensor on ``device``; containers keep their type, other values pass through."""
+    if hasattr(inputs, "to") and callable(inputs.to):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {key: _move(value, device) for key, value in inputs.items()}
+    if isinstance(inputs, tuple) and hasattr(inputs, "_fields"):
+        return type(inputs)(*(_move(value, device) for value in inputs))
+    if isinstance(inputs, (list, tuple)):
+        return type(inputs)(_move(value, device) for value in inputs)
+    return inputs

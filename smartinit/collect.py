@@ -1,0 +1,185 @@
+"""Run the data through the model until every statistic has what it needs, the data end, or ``max_batches`` is reached."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from smartinit.activations.capture import Capture, HookTarget
+from smartinit.activations.sites import Site
+from smartinit.activations.state import model_device
+from smartinit.distributed.reduce import any_rank, is_first_rank, merge_over_ranks, world_size
+from smartinit.errors import DataError
+from smartinit.statistics.cost import plan_statistic
+from smartinit.statistics.gram import GramStatistic
+from smartinit.statistics.settling import settle_full
+from smartinit.statistics.subspace import SubspacePCA
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from smartinit.statistics.base import Statistic
+
+_NEVER_STARTED = object()
+
+
+@dataclass
+class Collected:
+    """What the passes over the data left behind.
+
+    Attributes:
+        sites: with their statistics, in the order in which they ran first.
+        batches: forward passes that were used.
+        tokens: tokens that counted, on this rank.
+        bad_batches: indices of batches skipped for NaN or Inf.
+        seconds: wall time of the passes.
+        settled: names of leaders of sites that reached ``tau``.
+    """
+
+    sites: list[Site]
+    batches: int = 0
+    tokens: int = 0
+    bad_batches: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    settled: set[str] = field(default_factory=set)
+
+
+Demand = Callable[[Sequence[Site]], Mapping[str, int]]
+
+
+def collect(
+    model: nn.Module,
+    targets: Sequence[HookTarget],
+    batches: Iterable[Any],
+    components: Mapping[str, int],
+    *,
+    demand: Demand,
+    tau: float,
+    centred: bool = True,
+    max_batches: int | None = None,
+    seed: int = 0,
+    merge_ranks: bool = True,
+    show_progress_bar: bool = True,
+    **capture_options: Any,  # noqa: ANN401 - handed on to Capture
+) -> Collected:
+    """One bounded pass over the data.
+
+    Args:
+        model: run as is.
+        targets: whose inputs are wanted.
+        batches: iterated once, never restarted.
+        components: directions each target will be asked for, at most.
+        demand: from the sites so far, how many leading directions each target needs just now; asked whenever
+            estimates changed. A site is closed once ``tau`` holds for the most that one of its targets needs,
+            and opened again when that grows.
+        tau: see `Statistic.settled`.
+        centred: remove means.
+        max_batches: bound on forward passes; None: one pass over the data.
+        seed: of the random sketches.
+        merge_ranks: with several ranks, merge their statistics at the end.
+        show_progress_bar: tqdm on stderr, on the first rank only.
+        capture_options: see `Capture`.
+
+    Raises:
+        DataError: no batch at all, or none that was usable.
+        NonFiniteError: see `Capture.run`.
+    """
+    if isinstance(batches, Sized) and len(batches) == 0:
+        msg = "the dataloader is empty: it has no batch to compute activations from"
+        raise DataError(msg)
+
+    def new_statistic(target: HookTarget, device: torch.device) -> Statistic:
+        wanted = components[target.name]
+        if plan_statistic(target.in_features, wanted).kind == "gram":
+            return GramStatistic(target.in_features, centred=centred, device=device)
+        return SubspacePCA(target.in_features, wanted, centred=centred, seed=seed, device=device)
+
+    capture = Capture(model, targets, new_statistic, components=components, **capture_options)
+    exchange = merge_ranks and world_size() > 1
+    device = model_device(model) or torch.device("cpu")
+    total = _expected(batches, max_batches)
+    start = time.perf_counter()
+    with (
+        capture,
+        tqdm(
+            total=total, desc="activations", unit="batch", disable=not (show_progress_bar and is_first_rank())
+        ) as bar,
+    ):
+        stream = iter(islice(batches, max_batches))
+        while True:
+            batch = next(stream, _NEVER_STARTED)
+            running = batch is not _NEVER_STARTED
+            if exchange:  # a rank without data must not leave the others waiting in a collective
+                running = not any_rank([not running], device)[0]
+            if not running:
+                break
+            if capture.run(batch):
+                _close_settled(capture.sites, demand, tau)
+            if exchange:
+                _agree_on_open(capture.sites, device)
+            bar.update()
+            _show(bar, capture, start)
+            if capture.sites and not any(site.open for site in capture.sites):
+                break
+        if isinstance(bar, tqdm) and total:
+            bar.total = bar.n
+            bar.refresh()
+    collected = Collected(
+        sites=capture.sites,
+        batches=capture.passes - len(capture.bad_batches),
+        tokens=capture.tokens,
+        bad_batches=capture.bad_batches,
+        settled={site.names[0] for site in capture.sites if not site.open},
+    )
+    _check_usable(collected, capture.passes)
+    settle_full([site.statistic for site in collected.sites], everything=True)
+    if exchange:
+        merge_over_ranks(
+            [site.statistic for site in collected.sites], [",".join(site.names) for site in collected.sites], device
+        )
+    collected.seconds = time.perf_counter() - start
+    return collected
+
+
+def _close_settled(sites: Sequence[Site], demand: Demand, tau: float) -> None:
+    if not settle_full([site.statistic for site in sites if site.open]):
+        return
+    needed = demand(sites)
+    for site in sites:
+        site.open = not site.statistic.settled(tau, max(needed.get(name, 0) for name in site.names))
+
+
+def _agree_on_open(sites: Sequence[Site], device: torch.device) -> None:
+    for site, is_open in zip(sites, any_rank([site.open for site in sites], device), strict=True):
+        site.open = is_open
+
+
+def _expected(batches: Iterable[Any], max_batches: int | None) -> int | None:
+    known = len(batches) if isinstance(batches, Sized) else math.inf
+    bound = min(known, math.inf if max_batches is None else max_batches)
+    return None if math.isinf(bound) else int(bound)
+
+
+def _show(bar: tqdm[Any], capture: Capture, start: float) -> None:
+    closed = sum(not site.open for site in capture.sites)
+    rate = capture.tokens / max(time.perf_counter() - start, 1e-9)
+    bar.set_postfix_str(f"{closed}/{len(capture.sites)} sites settled, {rate:,.0f} tokens/s", refresh=False)
+
+
+def _check_usable(collected: Collected, passes: int) -> None:
+    if passes == 0:
+        msg = "the dataloader gave no batch to compute activations from"
+        raise DataError(msg)
+    if not collected.batches:
+        msg = f"all {passes} batches hold NaN or Inf in some layer's input; check the data and the model's weights"
+        raise DataError(msg)
+    if not any(site.statistic.rows for site in collected.sites):
+        msg = f"no token counts in any of {passes} batches: every one is padding or masked out by the labels"
+        raise DataError(msg)

@@ -1,0 +1,1 @@
+"""Small states between ranks; activations stay where they are."""
