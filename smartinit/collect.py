@@ -1,10 +1,10 @@
-"""Run the data through the model until every statistic has what it needs, the data end, or ``max_batches`` is reached."""
+"""Run the data through the model until every statistic has what it needs, or the data or ``max_batches`` end."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from smartinit.activations.capture import Capture, HookTarget
+from smartinit.activations.capture import Capture
 from smartinit.activations.sites import Site
 from smartinit.activations.state import model_device
 from smartinit.distributed.reduce import any_rank, is_first_rank, merge_over_ranks, world_size
@@ -23,11 +23,14 @@ from smartinit.statistics.settling import settle_full
 from smartinit.statistics.subspace import SubspacePCA
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from torch import nn
 
+    from smartinit.activations.selection import HookTarget
     from smartinit.statistics.base import Statistic
 
-_NEVER_STARTED = object()
+_NO_BATCH = object()
 
 
 @dataclass
@@ -102,35 +105,23 @@ def collect(
         return SubspacePCA(target.in_features, wanted, centred=centred, seed=seed, device=device)
 
     capture = Capture(model, targets, new_statistic, components=components, **capture_options)
-    exchange = merge_ranks and world_size() > 1
     device = model_device(model) or torch.device("cpu")
-    total = _expected(batches, max_batches)
+    ranks = _Ranks(device, merge_ranks and world_size() > 1)
     start = time.perf_counter()
-    with (
-        capture,
-        tqdm(
-            total=total, desc="activations", unit="batch", disable=not (show_progress_bar and is_first_rank())
-        ) as bar,
-    ):
-        stream = iter(islice(batches, max_batches))
-        while True:
-            batch = next(stream, _NEVER_STARTED)
-            running = batch is not _NEVER_STARTED
-            if exchange:  # a rank without data must not leave the others waiting in a collective
-                running = not any_rank([not running], device)[0]
-            if not running:
-                break
+    progress = tqdm(
+        total=_expected(batches, max_batches),
+        desc="activations",
+        unit="batch",
+        disable=not (show_progress_bar and is_first_rank()),
+    )
+    with capture, progress:
+        for batch in ranks.together(islice(batches, max_batches)):
             if capture.run(batch):
                 _close_settled(capture.sites, demand, tau)
-            if exchange:
-                _agree_on_open(capture.sites, device)
-            bar.update()
-            _show(bar, capture, start)
+            ranks.agree_on_open(capture.sites)
+            _show(progress, capture, start)
             if capture.sites and not any(site.open for site in capture.sites):
                 break
-        if isinstance(bar, tqdm) and total:
-            bar.total = bar.n
-            bar.refresh()
     collected = Collected(
         sites=capture.sites,
         batches=capture.passes - len(capture.bad_batches),
@@ -140,12 +131,35 @@ def collect(
     )
     _check_usable(collected, capture.passes)
     settle_full([site.statistic for site in collected.sites], everything=True)
-    if exchange:
-        merge_over_ranks(
-            [site.statistic for site in collected.sites], [",".join(site.names) for site in collected.sites], device
-        )
+    if ranks.exchange:
+        names = [",".join(site.names) for site in collected.sites]
+        merge_over_ranks([site.statistic for site in collected.sites], names, device)
     collected.seconds = time.perf_counter() - start
     return collected
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """Keeps the ranks of a data-parallel run in step, so that none waits for another for ever."""
+
+    device: torch.device
+    exchange: bool
+
+    def together(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches, until the first rank has none left."""
+        stream = iter(batches)
+        while True:
+            batch = next(stream, _NO_BATCH)
+            over = batch is _NO_BATCH
+            if any_rank([over], self.device)[0] if self.exchange else over:
+                return
+            yield batch
+
+    def agree_on_open(self, sites: Sequence[Site]) -> None:
+        """A site stays open while any rank needs it: all ranks end their passes at the same layer."""
+        if self.exchange:
+            for site, is_open in zip(sites, any_rank([site.open for site in sites], self.device), strict=True):
+                site.open = is_open
 
 
 def _close_settled(sites: Sequence[Site], demand: Demand, tau: float) -> None:
@@ -154,11 +168,6 @@ def _close_settled(sites: Sequence[Site], demand: Demand, tau: float) -> None:
     needed = demand(sites)
     for site in sites:
         site.open = not site.statistic.settled(tau, max(needed.get(name, 0) for name in site.names))
-
-
-def _agree_on_open(sites: Sequence[Site], device: torch.device) -> None:
-    for site, is_open in zip(sites, any_rank([site.open for site in sites], device), strict=True):
-        site.open = is_open
 
 
 def _expected(batches: Iterable[Any], max_batches: int | None) -> int | None:
@@ -170,6 +179,7 @@ def _expected(batches: Iterable[Any], max_batches: int | None) -> int | None:
 def _show(bar: tqdm[Any], capture: Capture, start: float) -> None:
     closed = sum(not site.open for site in capture.sites)
     rate = capture.tokens / max(time.perf_counter() - start, 1e-9)
+    bar.update()
     bar.set_postfix_str(f"{closed}/{len(capture.sites)} sites settled, {rate:,.0f} tokens/s", refresh=False)
 
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import Counter
-from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from smartinit.activations.forward import move_to_device, trunk_below_head, without_cache
 from smartinit.activations.rows import (
-    ForwardFn,
-    PrepareLayerInputs,
-    PrepareModelInputs,
     RowFilter,
     flatten_rows,
     forward_fn_dict,
@@ -26,40 +22,24 @@ from smartinit.activations.rows import (
     prepare_model_inputs_fn_language_modeling,
     token_masks,
 )
+from smartinit.activations.selection import row_selectors
 from smartinit.activations.sites import Site, TensorIdentity
 from smartinit.activations.state import evaluation_mode, model_device, preserved_rng
-from smartinit.errors import ArgumentError, NonFiniteError, UnknownNameError
+from smartinit.errors import ArgumentError, NonFiniteError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    from torch import nn
     from typing_extensions import Self
 
+    from smartinit.activations.rows import (
+        ForwardFn,
+        PrepareLayerInputs,
+        PrepareModelInputs,
+    )
+    from smartinit.activations.selection import HookTarget
     from smartinit.statistics.base import Statistic
-
-
-class HookTarget(Protocol):
-    """What capture needs to know of a target."""
-
-    @property
-    def name(self) -> str:
-        """Its name in the base model."""
-        ...
-
-    @property
-    def path(self) -> str:
-        """Its name in the model that is run."""
-        ...
-
-    @property
-    def module(self) -> nn.Module:
-        """The module whose input is read."""
-        ...
-
-    @property
-    def in_features(self) -> int:
-        """Last dimension of its input."""
-        ...
 
 
 class _PassComplete(BaseException):
@@ -116,7 +96,7 @@ class Capture:
         self._forward_fn = forward_fn
         self._prepare_model_inputs_fn = prepare_model_inputs_fn
         self._skip_bad_batches = skip_bad_batches
-        self._selectors = _selectors(self._targets, prepare_layer_inputs_fn, prepare_model_inputs_fn)
+        self._selectors = row_selectors(self._targets, prepare_layer_inputs_fn, prepare_model_inputs_fn)
         self._default_forward = forward_fn is forward_fn_dict
         self._site_of: dict[str, Site] = {}
         self._position: dict[str, int] = {}
@@ -137,10 +117,8 @@ class Capture:
                 stack.enter_context(disable_adapter())
             for target in self._targets:
                 hook = partial(self._observe, target)
-                stack.enter_context(
-                    _removed(target.module.register_forward_pre_hook(hook, with_kwargs=True))
-                )
-            end = _trunk(self._model, self._targets) if self._default_forward else None
+                stack.enter_context(_removed(target.module.register_forward_pre_hook(hook, with_kwargs=True)))
+            end = trunk_below_head(self._model, self._targets) if self._default_forward else None
             if end is not None:
                 stack.enter_context(_removed(end.register_forward_hook(_complete)))
             self._stack = stack.pop_all()
@@ -162,13 +140,13 @@ class Capture:
             ArgumentError: a batch or a layer's input that cannot be turned into rows.
         """
         device = model_device(self._model)
-        batch = batch if device is None else _move(batch, device)
+        batch = batch if device is None else move_to_device(batch, device)
         self._begin_pass(batch)
         self._stop_at = self._last_needed()
         before = [copy.deepcopy(site.statistic) for site in self.sites] if self._skip_bad_batches else []
         complete = False
         try:
-            self._forward_fn(self._model, self._without_cache(batch))
+            self._forward_fn(self._model, without_cache(self._model, batch) if self._default_forward else batch)
             complete = True
         except _PassComplete:
             pass
@@ -258,12 +236,13 @@ class Capture:
             return flatten_rows(layer_tensor(given, target.path))
         if not callable(selector):
             return self._filter(layer_tensor(given, target.path))
-        rows = selector(given, self._prepared, target.path)
-        if not isinstance(rows, Tensor) or rows.ndim != 2:  # noqa: PLR2004 - the contract
-            got = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
-            msg = f"prepare_layer_inputs_fn must return a 2-D tensor (rows, features) for layer '{target.path}', got {got}"
-            raise ArgumentError(msg)
-        return rows
+        rows: object = selector(given, self._prepared, target.path)
+        if isinstance(rows, Tensor) and rows.ndim == 2:  # noqa: PLR2004 - the contract
+            return rows
+        got = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise ArgumentError(
+            f"prepare_layer_inputs_fn must return a 2-D tensor (rows, features) for layer '{target.path}', got {got}"
+        )
 
     def _feed(self, site: Site, target: HookTarget, rows: Tensor) -> None:
         if rows.shape[-1] != site.features:
@@ -305,72 +284,9 @@ class Capture:
         self.sites = kept
         self._site_of = {name: site for name, site in self._site_of.items() if id(site) not in gone}
 
-    def _without_cache(self, batch: Any) -> Any:  # noqa: ANN401
-        """The batch, with the key-value cache switched off where the model would fill one for nothing."""
-        if not self._default_forward or not isinstance(batch, Mapping) or "use_cache" in batch:
-            return batch
-        if "use_cache" not in inspect.signature(unwrap(self._model).forward).parameters:
-            return batch
-        return {**batch, "use_cache": False}
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own model inside wrappers (PEFT, DistributedDataParallel, torch.compile)."""
-    for _ in range(8):  # a bound, not a depth anyone has seen
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and hasattr(model, "peft_config") and callable(getattr(model, "get_base_model", None)):
-            inner = model.get_base_model()
-        if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            inner = model.module
-        if not isinstance(inner, nn.Module) or inner is model:
-            return model
-        model = inner
-    return model
-
-
-def _trunk(model: nn.Module, targets: Sequence[HookTarget]) -> nn.Module | None:
-    """The part of a transformers model below its head, if it holds every target: the head need never run."""
-    inner = unwrap(model)
-    trunk = getattr(inner, "base_model", None) if hasattr(inner, "base_model_prefix") else None
-    if not isinstance(trunk, nn.Module) or trunk is inner:
-        return None
-    inside = {id(module) for module in trunk.modules()}
-    return trunk if all(id(target.module) in inside for target in targets) else None
-
 
 def _complete(*_arguments: object) -> None:
     raise _PassComplete
-
-
-def _selectors(
-    targets: Sequence[HookTarget],
-    prepare: PrepareLayerInputs | Mapping[str, PrepareLayerInputs] | None,
-    prepare_model: PrepareModelInputs | None,
-) -> dict[str, PrepareLayerInputs | str | None]:
-    """Per target: a callable, ``"masked"`` (the default rows), or None (all rows). The mapping is only read."""
-    if isinstance(prepare, Mapping):
-        names = {key: target.name for target in targets for key in (target.name, target.path)}
-        unknown = [key for key in prepare if key not in names]
-        if unknown:
-            msg = (
-                f"prepare_layer_inputs_fn is a mapping, but no target is called {unknown}; "
-                f"targets are, for instance, {[t.path for t in targets[:3]]}"
-            )
-            raise UnknownMappingKeyError(msg)
-        given = {names[key]: function for key, function in prepare.items()}
-    else:
-        given = {target.name: prepare for target in targets if prepare is not None}
-    default = prepare_layer_inputs_fn_language_modeling
-    masked = prepare_model is prepare_model_inputs_fn_language_modeling or prepare_model is None
-    out: dict[str, PrepareLayerInputs | str | None] = {}
-    for target in targets:
-        function = given.get(target.name)
-        out[target.name] = "masked" if function is default and masked else function
-    return out
-
-
-class UnknownMappingKeyError(UnknownNameError, ValueError):
-    """A mapping with a module name that is no target (PEFT raises ValueError here)."""
 
 
 class _removed(ExitStack):  # noqa: N801 - reads as a verb in a with-statement
@@ -379,16 +295,3 @@ class _removed(ExitStack):  # noqa: N801 - reads as a verb in a with-statement
     def __init__(self, handle: Any) -> None:  # noqa: ANN401 - torch's RemovableHandle
         super().__init__()
         self.callback(handle.remove)
-
-
-def _move(inputs: Any, device: torch.device) -> Any:  # noqa: ANN401 - any nesting of tensors
-    """``inputs`` with every tensor on ``device``; containers keep their type, other values pass through."""
-    if hasattr(inputs, "to") and callable(inputs.to):
-        return inputs.to(device)
-    if isinstance(inputs, Mapping):
-        return {key: _move(value, device) for key, value in inputs.items()}
-    if isinstance(inputs, tuple) and hasattr(inputs, "_fields"):
-        return type(inputs)(*(_move(value, device) for value in inputs))
-    if isinstance(inputs, (list, tuple)):
-        return type(inputs)(_move(value, device) for value in inputs)
-    return inputs

@@ -59,7 +59,10 @@ def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Ten
 def label_mask_options(config: Any) -> dict[str, Any]:  # noqa: ANN401 - ours, PEFT's, or None
     """Keyword arguments of `token_masks` from a LoRA configuration's ``eva_config``."""
     eva = getattr(config, "eva_config", None)
-    return {"use_label_mask": getattr(eva, "use_label_mask", True), "label_mask_value": getattr(eva, "label_mask_value", -100)}
+    return {
+        "use_label_mask": getattr(eva, "use_label_mask", True),
+        "label_mask_value": getattr(eva, "label_mask_value", -100),
+    }
 
 
 def token_masks(

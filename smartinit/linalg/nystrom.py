@@ -7,10 +7,12 @@ without ever factoring a tall matrix: ``M = L Lᵀ``, and the small ``K = L⁻¹
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Directions whose value is below this share of the largest are round-off of the fp32 products.
 _RELATIVE_FLOOR = 1e-12
@@ -72,8 +74,10 @@ def _polish(basis: Tensor, alive: Tensor) -> Tensor:
     gram = (basis.mT @ basis).double() + torch.diag_embed((~alive).double())
     factor, failed = torch.linalg.cholesky_ex(gram)
     if bool(failed.any()):
-        return torch.linalg.qr(basis).Q * alive.unsqueeze(-2)
-    return torch.linalg.solve_triangular(factor.mT.to(basis.dtype), basis, upper=True, left=False)
+        factor = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+        basis = torch.linalg.qr(basis).Q * alive.unsqueeze(-2)
+    polished: Tensor = torch.linalg.solve_triangular(factor.mT.to(basis.dtype), basis, upper=True, left=False)
+    return polished
 
 
 def _inverse_root(small: Tensor) -> Tensor:
@@ -86,7 +90,8 @@ def _inverse_root(small: Tensor) -> Tensor:
     # An eigenvalue near the round-off of fp32 products says: these columns of W see the same direction.
     alive = values > 1e-9 * values[..., -1:].clamp_min(0)
     root = torch.where(alive, values, 1).rsqrt() * alive
-    return scale.unsqueeze(-1) * (vectors * root.unsqueeze(-2))
+    whitener: Tensor = scale.unsqueeze(-1) * (vectors * root.unsqueeze(-2))
+    return whitener
 
 
 def leading_directions(rows: Tensor, start: Tensor, steps: int = 4) -> tuple[Tensor, Tensor]:
@@ -113,7 +118,7 @@ def leading_directions(rows: Tensor, start: Tensor, steps: int = 4) -> tuple[Ten
     values, vectors = torch.linalg.eigh((projected.mT @ projected).double())
     values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
     alive = values > _RELATIVE_FLOOR * values[:1]
-    alive[min(rows.shape):] = False
+    alive[min(rows.shape) :] = False
     return (basis @ vectors.to(basis.dtype)) * alive, values * alive
 
 
@@ -146,4 +151,5 @@ def fill_basis(basis: Tensor, values: Tensor, generator: torch.Generator) -> Ten
 def random_basis(features: int, columns: int, seed: int) -> Tensor:
     """``(features, columns)`` float32 orthonormal columns, uniformly random, equal on every device."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(features, columns, generator=generator)).Q
+    basis: Tensor = torch.linalg.qr(torch.randn(features, columns, generator=generator)).Q
+    return basis

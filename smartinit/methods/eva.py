@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from smartinit.errors import ConfigError
-from smartinit.factors import Effect, Factors
-from smartinit.methods.base import Method, Needs
+from smartinit.factors import Factors
+from smartinit.methods.base import Method
 from smartinit.spectrum import Spectrum
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from smartinit.factors import Effect
+    from smartinit.methods.base import Needs
     from smartinit.statistics.base import Statistic
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from smartinit.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 def plan_with_alphas(

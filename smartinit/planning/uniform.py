@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from smartinit.errors import ConfigError
 from smartinit.planning.limits import Limits
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 def uniform_ranks(

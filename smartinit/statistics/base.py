@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from torch import Tensor
+    from typing_extensions import Self
 
     from smartinit.spectrum import Certificate
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from smartinit.linalg.threads import one_thread
 from smartinit.spectrum import Certificate
 from smartinit.statistics.cost import BLOCK_ROWS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _CHUNK_ROWS = 4096
 _ONE_THREAD_BELOW = 128
@@ -46,7 +49,7 @@ class GramStatistic:
         self._block = 0
         self._in_block = 0
         self._previous: Tensor | None = None
-        self._basis: Tensor | None = None
+        self._basis = zeros[0].unsqueeze(1)
         self._decomposed_rows = self._compared_rows = -1
         self._half_bases: list[Tensor] = []
         self._values = zeros[0]
@@ -135,7 +138,7 @@ class GramStatistic:
 
     def similarity(self, components: int) -> float:
         """Smallest cosine between the last two estimates of the leading directions."""
-        if self._previous is None or self._basis is None:
+        if self._previous is None:
             return 0.0
         k = min(components, self.features)
         cosines = (self._previous[:, :k] * self._basis[:, :k]).sum(0).abs()
@@ -149,7 +152,6 @@ class GramStatistic:
         """``(k, d)`` float32 orthonormal rows and ``(k,)`` float64 values, best first; sign: largest entry positive."""
         self._decompose()
         k = min(components, self.features)
-        assert self._basis is not None
         rows = self._basis[:, :k].mT
         largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
         return (rows * torch.where(largest < 0, -1.0, 1.0)).float().contiguous(), self._values[:k].clone()
@@ -202,7 +204,7 @@ class GramStatistic:
 
     def _decompose(self) -> None:
         if self._decomposed_rows != self.rows:
-            self._previous = self._basis
+            self._previous = self._basis if self._decomposed_rows >= 0 else None
             self._values, self._basis = _eigh(self.matrix())
             self._decomposed_rows = self.rows
 

@@ -10,40 +10,32 @@ block share one W and need not be kept. The mean correction is that of increment
 the sketch-and-Rayleigh-Ritz step replaces its SVD of the stacked ``(q + b + 1)×d`` matrix.
 """
 
+# ruff: noqa: SLF001 - `settle_all` is part of the class: it steps many instances in one batched call
+
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from smartinit.linalg.nystrom import NystromStep, fill_basis, leading_directions, nystrom_step, random_basis
+from smartinit.linalg.nystrom import fill_basis, leading_directions, nystrom_step, random_basis
 from smartinit.linalg.threads import one_thread
 from smartinit.spectrum import Certificate
 from smartinit.statistics.cost import BLOCK_ROWS, sketch_width
+from smartinit.statistics.summary import Summary, merge_summaries
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from torch import Tensor
+
+    from smartinit.linalg.nystrom import NystromStep
+
 _CHUNK_ROWS = 4096
 _WARM_UP_BYTES = 4 << 20
-
-
-@dataclass
-class _Summary:
-    """Rank-q summary of ``rows`` rows: ``basis diag(values) basisᵀ`` about ``mean``."""
-
-    rows: int
-    mean: Tensor
-    basis: Tensor
-    values: Tensor
-
-    def product(self, sketch: Tensor) -> Tensor:
-        """The summary times ``sketch``, ``(d, q)``."""
-        return self.basis @ (self.values.to(self.basis.dtype).unsqueeze(-1) * (self.basis.mT @ sketch))
 
 
 class SubspacePCA:
@@ -86,7 +78,7 @@ class SubspacePCA:
         self._buffered = 0
         self._generator = torch.Generator().manual_seed(seed)
         zeros = torch.zeros(features, dtype=torch.float64, device=device)
-        empty = _Summary(0, zeros, random_basis(features, self.width, seed).to(device), zeros[: self.width])
+        empty = Summary(0, zeros, random_basis(features, self.width, seed).to(device), zeros[: self.width])
         self._whole, self._halves = empty, [empty, empty]
         self._clear_pending()
 
@@ -175,11 +167,11 @@ class SubspacePCA:
             self._scatter += other._scatter + a.rows * b.rows / (a.rows + b.rows) * float(offset @ offset)
         else:
             self._scatter = other._scatter
-        merged = _merge_summaries(a, b, self.width)
+        merged = merge_summaries(a, b, self.width)
         overlap = (a.basis.mT @ merged.basis).double()
         self._cosines = overlap.diagonal().abs().cpu() if a.rows else _fit(other._cosines, self.width)
         self._whole = merged
-        self._halves = [_merge_summaries(*pair, self.width) for pair in zip(self._halves, other._halves, strict=True)]
+        self._halves = [merge_summaries(*pair, self.width) for pair in zip(self._halves, other._halves, strict=True)]
         self._blocks += other._blocks
         self._residuals = torch.maximum(self._residuals, _fit(other._residuals, self.width))
         self._unseen = self._unseen + torch.cat([_fit(other._unseen[:-1], self.width), other._unseen[-1:]])
@@ -219,7 +211,9 @@ class SubspacePCA:
             rows=self.rows,
             residual=float(self._residuals[k - 1]) if k and float(self._residuals[k - 1]) >= 0 else None,
             captured=captured,
-            captured_held_out=min(1.0, float(self._unseen[k - 1] / self._unseen[-1])) if k and self._unseen[-1] > 0 else None,
+            captured_held_out=min(1.0, float(self._unseen[k - 1] / self._unseen[-1]))
+            if k and self._unseen[-1] > 0
+            else None,
             split_half_angle=angle,
             similarity=self.similarity(k) if self._blocks > 1 else None,
             components=k,
@@ -250,7 +244,7 @@ class SubspacePCA:
         device = state["whole.basis"].device
         new = cls(features, components, centred=bool(centred), block_rows=block_rows, seed=seed, device=device)
         new._whole, *new._halves = (
-            _Summary(int(state[f"{n}.rows"]), *(state[f"{n}.{part}"].clone() for part in ("mean", "basis", "values")))
+            Summary(int(state[f"{n}.rows"]), *(state[f"{n}.{part}"].clone() for part in ("mean", "basis", "values")))
             for n in ("whole", "first", "second")
         )
         new._scatter, new._blocks = float(state["scatter"]), blocks
@@ -289,9 +283,9 @@ class SubspacePCA:
         shifted = rows - mean.float()
         self._scatter = _energy(shifted)
         basis, values = leading_directions(shifted, self._whole.basis)
-        self._whole = _Summary(rows.shape[0], mean, basis, values)
+        self._whole = Summary(rows.shape[0], mean, basis, values)
         self._revive()
-        self._halves = [self._whole, _Summary(0, mean, basis, torch.zeros_like(values))]
+        self._halves = [self._whole, Summary(0, mean, basis, torch.zeros_like(values))]
         self._blocks = 1
         self._buffer, self._buffered = [], 0
         self._clear_pending()
@@ -302,7 +296,8 @@ class SubspacePCA:
         self._unseen = self._unseen + scores if 2 * rows < self.block_rows else scores
 
     def _revive(self) -> None:
-        self._whole.basis = fill_basis(self._whole.basis, self._whole.values, self._generator)
+        basis = fill_basis(self._whole.basis, self._whole.values, self._generator)
+        self._whole = replace(self._whole, basis=basis)
 
 
 def settle_all(statistics: Iterable[SubspacePCA]) -> None:
@@ -359,11 +354,11 @@ def _finish(s: SubspacePCA, step: NystromStep, i: int, offset: Tensor) -> None:
     s._cosines = step.overlap[i].diagonal().abs().cpu()
     s._score_unseen(rows, block_energy)
     moved = s._shift.double() - whole.mean + offset  # the shift is the mean rounded to float32
-    s._whole = _Summary(together, whole.mean + moved * (rows / together), step.basis[i], step.values[i])
+    s._whole = Summary(together, whole.mean + moved * (rows / together), step.basis[i], step.values[i])
     s._revive()
 
 
-def _half_steps(group: list[SubspacePCA], sketches: Tensor, offsets: list[Tensor]) -> list[_Summary]:
+def _half_steps(group: list[SubspacePCA], sketches: Tensor, offsets: list[Tensor]) -> list[Summary]:
     """The block's own share goes to one of two halves, through the same products: no second look at rows."""
     products, means, counts = [], [], []
     for i, s in enumerate(group):
@@ -377,28 +372,7 @@ def _half_steps(group: list[SubspacePCA], sketches: Tensor, offsets: list[Tensor
         means.append((half.mean * half.rows + block_mean * rows) / counts[-1])
         products.append(product)
     step = nystrom_step(torch.stack(products), sketches)
-    return [_Summary(counts[i], means[i], step.basis[i], step.values[i]) for i in range(len(group))]
-
-
-def _merge_summaries(a: _Summary, b: _Summary, width: int) -> _Summary:
-    """Exact principal directions of two rank-q summaries and the gap of their means, cut to ``width``."""
-    rows = a.rows + b.rows
-    if b.rows == 0:
-        return a
-    basis, mean = b.basis.to(a.basis), b.mean.to(a.mean)
-    gap = (a.mean - mean) * math.sqrt(a.rows * b.rows / rows)
-    stacked = torch.cat(
-        [a.basis.double() * a.values.sqrt(), basis.double() * b.values.to(a.values).sqrt(), gap.unsqueeze(1)], dim=1
-    )
-    u, s, _ = torch.linalg.svd(stacked, full_matrices=False)
-    mean = (a.mean * a.rows + mean * b.rows) / rows
-    values = torch.zeros(width, dtype=torch.float64, device=u.device)
-    kept = min(width, s.numel())
-    values[:kept] = s[:kept].square()
-    out = torch.zeros(u.shape[0], width, dtype=a.basis.dtype, device=u.device)
-    out[:, :kept] = u[:, :kept].to(out)
-    values[values <= 1e-14 * values[0]] = 0
-    return _Summary(rows, mean, out * (values > 0), values)
+    return [Summary(counts[i], means[i], step.basis[i], step.values[i]) for i in range(len(group))]
 
 
 def _fit(values: Tensor, width: int) -> Tensor:
