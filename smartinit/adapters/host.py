@@ -1,0 +1,91 @@
+"""The model that carries adapters, whoever wrapped it: this package or PEFT, which is never imported.
+
+smartinit.LoraModel     model.<target name>
+peft.PeftModel          base_model.model.<target name>
+peft's own LoraModel    model.<target name>
+a model in which PEFT injected layers, as ``model.add_adapter(config)`` does      <target name>
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from smartinit.adapters.layer import is_lora_layer
+from smartinit.adapters.model import LoraModel
+from smartinit.errors import ModelError, UnknownNameError
+from smartinit.targets.tree import base_model
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
+    from torch import nn
+
+_PEFT_PATH = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where the adapters of a wrapped model are.
+
+    Attributes:
+        root: the user's model, whose module names are the target names.
+        configs: adapter -> its configuration, as the wrapper keeps it.
+        prefix: what PEFT's EVA puts before a target name: ``"base_model.model."`` on a ``PeftModel``, else nothing.
+    """
+
+    root: nn.Module
+    configs: MutableMapping[str, Any]
+    prefix: str
+
+    def config(self, adapter_name: str) -> Any:  # noqa: ANN401  (a LoraConfig of this package or of PEFT)
+        """One adapter's configuration.
+
+        Raises:
+            UnknownNameError: there is no such adapter.
+        """
+        if adapter_name not in self.configs:
+            raise UnknownNameError(f"the model has no adapter '{adapter_name}'; it has: {', '.join(self.configs)}")
+        return self.configs[adapter_name]
+
+    def layers(self, adapter_name: str) -> dict[str, nn.Module]:
+        """Target name -> LoRA layer that has this adapter, in model order, whatever it wraps."""
+        return {
+            name: layer
+            for name, layer in self.root.named_modules()
+            if is_lora_layer(layer) and adapter_name in adapters_of(layer)
+        }
+
+
+def adapters_of(layer: nn.Module) -> list[str]:
+    """Names of the adapters on one LoRA layer."""
+    parts: tuple[str, ...] = layer.adapter_layer_names  # type: ignore[assignment]
+    return list(dict.fromkeys(name for part in parts for name in getattr(layer, part)))
+
+
+def parts_of(layer: nn.Module) -> list[str]:
+    """Attributes of a LoRA layer that keep something per adapter."""
+    layer_names: tuple[str, ...] = layer.adapter_layer_names  # type: ignore[assignment]
+    other_names: tuple[str, ...] = layer.other_param_names  # type: ignore[assignment]
+    return [*layer_names, *other_names, *(["lora_variant"] if hasattr(layer, "lora_variant") else [])]
+
+
+def find_host(model: nn.Module) -> Host:
+    """The host of adapters that ``model`` is; data-parallel and compiled wrappers around it do not matter.
+
+    Raises:
+        ModelError: a model without adapters.
+    """
+    root, path = base_model(model)
+    # From the outermost wrapper inwards, as only some of them pass attributes on.
+    parts = path.rstrip(".").split(".") if path else []
+    for depth in range(len(parts) + 1):
+        wrapper = model.get_submodule(".".join(parts[:depth]))
+        configs = getattr(wrapper, "peft_config", None)
+        if configs:
+            inner = wrapper.model if isinstance(wrapper, LoraModel) else root
+            return Host(inner, configs, _PEFT_PATH if path.endswith(_PEFT_PATH) else "")
+    raise ModelError(
+        f"a {type(model).__name__} has no adapter to write into; wrap it first, with smartinit.LoraModel(model, "
+        "config) or peft.get_peft_model(model, config)"
+    )

@@ -1,0 +1,70 @@
+"""Changes to LoRA layers that are undone when one of them fails."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from smartinit.adapters.host import parts_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import nn
+
+    from smartinit.adapters.host import Host
+
+
+@contextmanager
+def undone_on_error(host: Host, layers: Mapping[str, nn.Module], adapter_name: str) -> Iterator[None]:
+    """Put one adapter of ``layers`` back as it was, Ctrl-C included, unless the with-block ends well.
+
+    Its matrices are copied first (an adapter is small), since they may be written in place; the layers themselves,
+    what they keep per adapter, and the adapter's configuration are put back as the very same objects.
+    """
+    config = host.configs[adapter_name]
+    before = {name: _Snapshot(layer, adapter_name) for name, layer in layers.items()}
+    try:
+        yield
+    except BaseException:
+        host.configs[adapter_name] = config
+        for name, snapshot in before.items():
+            host.root.set_submodule(name, snapshot.layer)
+            snapshot.restore()
+        raise
+
+
+class _Snapshot:
+    """What one layer keeps for one adapter."""
+
+    def __init__(self, layer: Any, adapter_name: str) -> None:  # noqa: ANN401  (a layer of this package or of PEFT)
+        self.layer = layer
+        self.adapter_name = adapter_name
+        self.trained = {parameter: parameter.requires_grad for parameter in layer.parameters()}
+        self.kept: dict[str, Any] = {}
+        for part in parts_of(layer):
+            if adapter_name in getattr(layer, part):
+                self.kept[part] = getattr(layer, part)[adapter_name]
+        self.values = {
+            parameter: parameter.detach().clone()
+            for part in layer.adapter_layer_names
+            for parameter in _parameters(self.kept.get(part))
+        }
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put all of it back."""
+        for part, value in self.kept.items():
+            getattr(self.layer, part)[self.adapter_name] = value
+        for parameter, value in self.values.items():
+            parameter.copy_(value)
+        for parameter, requires_grad in self.trained.items():
+            parameter.requires_grad_(requires_grad)
+
+
+def _parameters(value: object) -> list[torch.nn.Parameter]:
+    if isinstance(value, torch.nn.Parameter):
+        return [value]
+    return list(value.parameters()) if isinstance(value, torch.nn.Module) else []

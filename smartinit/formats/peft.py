@@ -1,0 +1,302 @@
+"""PEFT's adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Keys are those that PEFT 0.21.2 writes. ``init_lora_weights`` is always true in the file, whatever made the factors:
+another value makes a loader run that initialisation again, or a server refuse the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from smartinit.config import LoraConfig
+from smartinit.errors import (
+    ArtefactError,
+    ConfigError,
+    MissingFileError,
+    OutputError,
+    SmartinitError,
+    VerificationError,
+)
+from smartinit.factors import Factors
+from smartinit.formats.files import write_file
+from smartinit.formats.patterns import compact_patterns, exact_target_modules
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Mapping
+
+    from smartinit.planning.plan import Plan
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+# What PEFT 0.21.2 writes besides the fields of LoraConfig, as it writes them for plain LoRA.
+_PLAIN_LORA = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "ensure_weight_tying": False,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "peft_version": "0.21.2",
+    "qalora_group_size": 16,
+    "use_bdlora": None,
+    "use_qalora": False,
+    "velora_config": None,
+}
+# Fields that had their say when the factors were made (PEFT warns about another method's options), or when the
+# targets were chosen: the file names every target in full.
+_SPENT: dict[str, object] = {
+    "corda_config": None,
+    "eva_config": None,
+    "exclude_modules": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_ga_config": None,
+}
+# Fields for which PEFT looks for tensors in the file, and breaks (KeyError) or complains without.
+_NEED_TENSORS = ("modules_to_save", "target_parameters", "trainable_token_indices")
+
+
+@dataclass(frozen=True, eq=False)
+class StoredAdapter:
+    """What an adapter folder holds.
+
+    Attributes:
+        folder: where it was read.
+        config: its configuration.
+        factors: module name -> ``a (r, in)``, ``b (out, r)``, in the file's order.
+    """
+
+    folder: Path
+    config: LoraConfig
+    factors: Mapping[str, Factors]
+
+
+def adapter_config(
+    config: LoraConfig,
+    plan: Plan,
+    *,
+    base_model_name_or_path: str | None = None,
+    other_modules: Iterable[str] | None = None,
+) -> dict[str, object]:
+    """The content of ``adapter_config.json``; targets of rank 0 appear nowhere in it.
+
+    Args:
+        config: what the adapter was made with.
+        plan: ranks and alphas.
+        base_model_name_or_path: overrides the configuration's.
+        other_modules: names of all modules of the model, if known: see `exact_target_modules`.
+
+    Raises:
+        ConfigError: every target has rank 0.
+
+    Warns:
+        UserWarning: the configuration trains whole modules, whose weights are not in the folder.
+    """
+    for field in _NEED_TENSORS:
+        if getattr(config, field):
+            warnings.warn(
+                f"{field}={getattr(config, field)!r} is left out of {CONFIG_FILE}, because a loader would look for "
+                f"those weights in the folder; give {field} to the trainer",
+                stacklevel=3,
+            )
+    patterns = compact_patterns(plan)
+    targets = [name for name, rank in plan.ranks.items() if rank > 0]
+    modules = [*plan.ranks, *(other_modules or ())]
+    return (
+        _PLAIN_LORA
+        | {key: value for key, value in config.to_dict().items() if key not in config.extra}
+        | _SPENT
+        | dict.fromkeys(_NEED_TENSORS)
+        | {
+            "alpha_pattern": patterns.alpha_pattern,
+            "base_model_name_or_path": base_model_name_or_path or config.base_model_name_or_path,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "lora_alpha": patterns.lora_alpha,
+            "peft_type": "LORA",
+            "r": patterns.r,
+            "rank_pattern": patterns.rank_pattern,
+            "target_modules": exact_target_modules(targets, modules, complete=other_modules is not None),
+            "use_rslora": plan.use_rslora,
+        }
+    )
+
+
+def stored_tensors(factors: Mapping[str, Factors], *, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """The tensors of the file by PEFT's keys: rounded once to ``dtype``, each with its own memory.
+
+    Raises:
+        VerificationError: a value is not finite, before or after rounding.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name, pair in factors.items():
+        if pair.rank == 0:
+            continue
+        for suffix, matrix in ((_A, pair.a), (_B, pair.b)):
+            # A copy even where nothing is rounded: layers with a common input may share theirs, files may not.
+            stored = matrix.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
+            if not torch.isfinite(stored).all():
+                raise VerificationError(
+                    f"'{name}{suffix}' holds NaN or Inf as {str(dtype).removeprefix('torch.')}; it is not written"
+                )
+            tensors[f"{_PREFIX}{name}{suffix}"] = stored
+    return tensors
+
+
+def write_adapter(
+    folder: str | os.PathLike[str],
+    config: LoraConfig,
+    plan: Plan,
+    factors: Mapping[str, Factors],
+    *,
+    base_model_name_or_path: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    other_modules: Iterable[str] | None = None,
+) -> None:
+    """Write the two files that PEFT loads, each in one step; the folder is made, other files in it stay.
+
+    Args:
+        folder: where to.
+        config: what the adapter was made with.
+        plan: ranks and alphas.
+        factors: module name -> factors; those of rank 0 are left out.
+        base_model_name_or_path: overrides the configuration's.
+        dtype: of the tensors in the file.
+        other_modules: names of all modules of the model, if known: see `exact_target_modules`.
+
+    Raises:
+        ConfigError: every target has rank 0; or the factors do not go with the plan.
+        VerificationError: a value is not finite.
+        OutputError: the files cannot be written.
+    """
+    planned = {name for name, rank in plan.ranks.items() if rank > 0}
+    given = {name for name, pair in factors.items() if pair.rank > 0}
+    if planned != given:
+        raise ConfigError(
+            f"the plan and the factors name different layers, for instance '{min(planned ^ given)}'; both must "
+            "come from one computation"
+        )
+    content = adapter_config(config, plan, base_model_name_or_path=base_model_name_or_path, other_modules=other_modules)
+    tensors = stored_tensors(factors, dtype=dtype)
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make folder '{path}': {error.strerror or error}") from error
+    write_file(path / TENSOR_FILE, save_tensors(tensors, metadata={"format": "pt"}))
+    write_file(path / CONFIG_FILE, json.dumps(content, indent=2, sort_keys=True, allow_nan=False).encode())
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> StoredAdapter:
+    """Read an adapter folder of PEFT, this package's or anyone's; nothing in it is trusted, nothing is unpickled.
+
+    Raises:
+        MissingFileError: there is no such folder.
+        ArtefactError: a file is missing, broken, or holds something else than LoRA on linear layers.
+    """
+    path = Path(folder)
+    config = read_config(path, read_file(path / CONFIG_FILE))
+    return StoredAdapter(path, config, read_factors(path, read_file(path / TENSOR_FILE)))
+
+
+def read_file(path: Path) -> bytes:
+    """A file of an adapter folder, whole: what is checked is then exactly what is used.
+
+    Raises:
+        MissingFileError: the folder is missing.
+        ArtefactError: the file is missing or cannot be read.
+    """
+    if not path.parent.is_dir():
+        raise MissingFileError(f"there is no folder '{path.parent}'; name a folder with {CONFIG_FILE} in it")
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        pickled = path.with_suffix(".bin")
+        if path.name == TENSOR_FILE and pickled.is_file():
+            raise ArtefactError(
+                f"'{pickled}' is a pickle, which can run any code when it is read, so it is not; convert it where you "
+                "trust it: load it with PEFT and call save_pretrained, which writes safetensors"
+            ) from error
+        raise ArtefactError(f"'{path}' is missing, so this is no adapter folder") from error
+    except OSError as error:
+        raise ArtefactError(f"cannot read '{path}': {error.strerror or error}") from error
+
+
+def read_object(path: Path, content: bytes) -> dict[str, object]:
+    """A JSON object; ``path`` is for the error.
+
+    Raises:
+        ArtefactError: it is no JSON object.
+    """
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ArtefactError(f"'{path}' is not JSON ({error}); it is broken or truncated") from error
+    if not isinstance(value, dict):
+        raise ArtefactError(f"'{path}' must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def read_config(folder: Path, content: bytes) -> LoraConfig:
+    """The configuration in ``adapter_config.json``.
+
+    Raises:
+        ArtefactError: no JSON, or not the configuration of a LoRA adapter.
+    """
+    path = folder / CONFIG_FILE
+    data = read_object(path, content)
+    if data.get("peft_type") != "LORA":
+        raise ArtefactError(f"'{path}' says peft_type={data.get('peft_type')!r}; expected 'LORA'")
+    try:
+        return LoraConfig.from_dict(data)
+    except (SmartinitError, TypeError, ValueError, AttributeError) as error:
+        raise ArtefactError(f"'{path}' is no usable LoRA configuration: {error}") from error
+
+
+def read_factors(folder: Path, content: bytes) -> dict[str, Factors]:
+    """The factors in ``adapter_model.safetensors``.
+
+    Raises:
+        ArtefactError: truncated or broken; a matrix without its partner; something else than LoRA on linear layers.
+    """
+    path = folder / TENSOR_FILE
+    try:
+        tensors = load_tensors(content)
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise ArtefactError(f"'{path}' is no readable safetensors file ({error}); it is broken or truncated") from error
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        suffix = next((ending for ending in (_A, _B) if key.endswith(ending)), None)
+        if suffix is None or tensor.ndim != 2 or not tensor.is_floating_point():  # noqa: PLR2004  (a matrix)
+            raise ArtefactError(
+                f"'{path}' holds '{key}' of shape {tuple(tensor.shape)} and {tensor.dtype}; expected only matrices "
+                f"named ...{_A} and ...{_B}"
+            )
+        halves.setdefault(key.removeprefix(_PREFIX).removesuffix(suffix), {})[suffix] = tensor
+    factors = {}
+    for name, pair in halves.items():
+        if pair.keys() != {_A, _B}:
+            raise ArtefactError(f"'{path}' holds only one of the two matrices of layer '{name}'")
+        a, b = pair[_A], pair[_B]
+        if a.shape[0] != b.shape[1] or a.shape[0] == 0:
+            raise ArtefactError(
+                f"'{path}' gives layer '{name}' an A of shape {tuple(a.shape)} and a B of shape {tuple(b.shape)}; "
+                "their rank must be the same and at least 1"
+            )
+        factors[name] = Factors(a, b)
+    if not factors:
+        raise ArtefactError(f"'{path}' holds no adapter weights")
+    return factors
