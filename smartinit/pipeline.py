@@ -7,6 +7,7 @@ import platform
 import time
 import warnings
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -191,17 +192,17 @@ class _Request:
     planner: Planner
     limits: Limits
 
-    @property
+    @cached_property
     def asked(self) -> dict[str, int]:
         """Target -> the rank asked for."""
         return {t.name: rank_for(self.config, t.name) for t in self.targets}
 
-    @property
+    @cached_property
     def caps(self) -> dict[str, int]:
         """Target -> ``min(in, out)``."""
         return {t.name: min(t.in_features, t.out_features) for t in self.targets}
 
-    @property
+    @cached_property
     def candidates(self) -> dict[str, int]:
         """Target -> directions with which it competes."""
         rho = _eva(self.config).rho if self.planner == "variance" else 1.0
@@ -216,7 +217,7 @@ class _Request:
             for name, rank in self.asked.items()
         }
 
-    @property
+    @cached_property
     def components(self) -> dict[str, int]:
         """Target -> directions that its statistic must hold: siblings with inputs of one width may share one."""
         family = {t.name: (t.name.rpartition(".")[0], t.in_features) for t in self.targets}

@@ -48,7 +48,7 @@ class GramStatistic:
         self._moments = zeros.unsqueeze(-1).repeat(1, 1, features)
         self._block = 0
         self._in_block = 0
-        self._previous: Tensor | None = None
+        self._cosines: Tensor | None = None  # between the last two estimates
         self._basis = zeros[0].unsqueeze(1)
         self._decomposed_rows = self._compared_rows = -1
         self._half_bases: list[Tensor] = []
@@ -138,15 +138,14 @@ class GramStatistic:
 
     def similarity(self, components: int) -> float:
         """Smallest cosine between the last two estimates of the leading directions."""
-        if self._previous is None:
+        if self._cosines is None:
             return 0.0
         k = min(components, self.features)
-        cosines = (self._previous[:, :k] * self._basis[:, :k]).sum(0).abs()
-        return float(cosines.min()) if k else 1.0
+        return float(self._cosines[:k].min()) if k else 1.0
 
     def settled(self, tau: float, components: int) -> bool:
         """Whether `similarity` has reached ``tau``."""
-        return self.similarity(components) >= tau
+        return self._cosines is not None and self.similarity(components) >= tau
 
     def principal(self, components: int) -> tuple[Tensor, Tensor]:
         """``(k, d)`` float32 orthonormal rows and ``(k,)`` float64 values, best first; sign: largest entry positive."""
@@ -168,7 +167,7 @@ class GramStatistic:
             captured=min(1.0, float(values.sum()) / total) if total > 0 else None,
             captured_held_out=held_out,
             split_half_angle=angle,
-            similarity=self.similarity(k) if self._previous is not None else None,
+            similarity=self.similarity(k) if self._cosines is not None else None,
             components=k,
         )
 
@@ -180,6 +179,7 @@ class GramStatistic:
             "shift": self._shift,
             "sums": self._sums,
             "moments": self._moments,
+            "cosines": torch.full((self.features,), -1.0).double() if self._cosines is None else self._cosines,
         }
 
     @classmethod
@@ -190,6 +190,9 @@ class GramStatistic:
         new._block, new._in_block = block, in_block
         new._counts = [int(c) for c in state["counts"]]
         new._shift, new._sums, new._moments = (state[n].clone() for n in ("shift", "sums", "moments"))
+        if new.rows:
+            new._decompose()
+        new._cosines = None if bool((state["cosines"] < 0).all()) else state["cosines"].clone()
         return new
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -204,8 +207,9 @@ class GramStatistic:
 
     def _decompose(self) -> None:
         if self._decomposed_rows != self.rows:
-            self._previous = self._basis if self._decomposed_rows >= 0 else None
+            previous, known = self._basis, self._decomposed_rows >= 0
             self._values, self._basis = _eigh(self.matrix())
+            self._cosines = (previous * self._basis).sum(0).abs().cpu() if known else None
             self._decomposed_rows = self.rows
 
     def _compare_halves(self, k: int) -> tuple[float | None, float | None]:

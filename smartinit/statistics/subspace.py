@@ -283,7 +283,7 @@ class SubspacePCA:
         shifted = rows - mean.float()
         self._scatter = _energy(shifted)
         basis, values = leading_directions(shifted, self._whole.basis)
-        self._whole = Summary(rows.shape[0], mean, basis, values)
+        self._whole = Summary(rows.shape[0], mean, basis.contiguous(), values)
         self._revive()
         self._halves = [self._whole, Summary(0, mean, basis, torch.zeros_like(values))]
         self._blocks = 1
@@ -354,7 +354,7 @@ def _finish(s: SubspacePCA, step: NystromStep, i: int, offset: Tensor) -> None:
     s._cosines = step.overlap[i].diagonal().abs().cpu()
     s._score_unseen(rows, block_energy)
     moved = s._shift.double() - whole.mean + offset  # the shift is the mean rounded to float32
-    s._whole = Summary(together, whole.mean + moved * (rows / together), step.basis[i], step.values[i])
+    s._whole = Summary(together, whole.mean + moved * (rows / together), step.basis[i].contiguous(), step.values[i])
     s._revive()
 
 
@@ -372,7 +372,7 @@ def _half_steps(group: list[SubspacePCA], sketches: Tensor, offsets: list[Tensor
         means.append((half.mean * half.rows + block_mean * rows) / counts[-1])
         products.append(product)
     step = nystrom_step(torch.stack(products), sketches)
-    return [Summary(counts[i], means[i], step.basis[i], step.values[i]) for i in range(len(group))]
+    return [Summary(counts[i], means[i], step.basis[i].contiguous(), step.values[i]) for i in range(len(group))]
 
 
 def _fit(values: Tensor, width: int) -> Tensor:
