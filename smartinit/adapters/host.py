@@ -1,9 +1,10 @@
 """The model that carries adapters, whoever wrapped it: this package or PEFT, which is never imported.
 
-smartinit.LoraModel     model.<target name>
-peft.PeftModel          base_model.model.<target name>
-peft's own LoraModel    model.<target name>
-a model in which PEFT injected layers, as ``model.add_adapter(config)`` does      <target name>
+Where the layer of a target is:
+
+- `smartinit.LoraModel`, PEFT's own LoraModel: ``model.<target>``
+- ``peft.PeftModel``: ``base_model.model.<target>``
+- a model in which PEFT injected layers, as ``model.add_adapter(config)`` does: ``<target>``
 """
 
 from __future__ import annotations

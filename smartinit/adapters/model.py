@@ -190,7 +190,7 @@ class LoraModel(nn.Module):
             ArtefactError: the folder is no adapter, or one for another model; ``model`` is then as it was.
         """
         stored = read_adapter(folder)
-        wrapped = cls(model, _for_use(stored, is_trainable=is_trainable), adapter_name)
+        wrapped = cls(model, _config_for(model, stored, is_trainable=is_trainable), adapter_name)
         try:
             wrapped._fill(adapter_name, stored)
         except BaseException:
@@ -208,7 +208,7 @@ class LoraModel(nn.Module):
             ArtefactError: the folder is no adapter, or one for another model; this model is then as it was.
         """
         stored = read_adapter(folder)
-        self.add_adapter(adapter_name, _for_use(stored, is_trainable=is_trainable))
+        self.add_adapter(adapter_name, _config_for(self.model, stored, is_trainable=is_trainable))
         try:
             self._fill(adapter_name, stored)
         except BaseException:
@@ -292,7 +292,15 @@ class LoraModel(nn.Module):
             layer.disable_adapters = disabled
 
 
-def _for_use(stored: StoredAdapter, *, is_trainable: bool) -> LoraConfig:
+def _config_for(model: nn.Module, stored: StoredAdapter, *, is_trainable: bool) -> LoraConfig:
+    """The file's configuration; refuses at once what was made for another model."""
+    known = set(bare_module_names(model))
+    unknown = [name for name in stored.factors if name not in known]
+    if unknown:
+        raise ArtefactError(
+            f"the adapter in '{stored.folder}' has weights for {len(unknown)} layers that this model does not have, "
+            f"for instance '{unknown[0]}'; was it made for another model?"
+        )
     config = stored.config.copy()
     config.inference_mode = not is_trainable
     return config

@@ -1,0 +1,173 @@
+"""One LoRA layer against the formula, and against PEFT's layer."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D as TransformersConv1D
+
+from smartinit.adapters.layer import Conv1D, Linear, LoraLayer, bare_module_names, wrap
+from smartinit.config import LoraConfig
+from smartinit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+KINDS = {"linear": lambda: nn.Linear(6, 10), "conv1d": lambda: TransformersConv1D(10, 6)}
+
+
+def layer_of(kind: str, *, dtype: torch.dtype = torch.float32, **options: object) -> LoraLayer:
+    """A layer 6 -> 10 with one active adapter of rank 3 whose B is random."""
+    config = LoraConfig(r=3, **options)
+    layer = wrap("x", KINDS[kind]().to(dtype))
+    layer.update_layer("default", 3, 6.0, config)
+    layer.set_adapter(["default"])
+    nn.init.normal_(layer.matrices("default")[1])
+    return layer
+
+
+def weight_of(layer: LoraLayer) -> torch.Tensor:
+    """The base layer's weight as (out, in)."""
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_the_formula(kind: str, use_rslora: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    layer = layer_of(kind, use_rslora=use_rslora)
+    assert (layer.in_features, layer.out_features) == (6, 10)
+    a, b = layer.matrices("default")
+    scaling = 6 / math.sqrt(3) if use_rslora else 2.0
+    x = torch.randn(2, 5, 6)
+    expected = (weight_of(layer).double() + scaling * b.double() @ a.double()) @ x.double().mT + layer.bias[:, None]
+    assert layer.scaling["default"] == scaling
+    torch.testing.assert_close(layer(x).double(), expected.mT, rtol=1e-5, atol=1e-5)
+
+
+def test_the_default_start(seed: int) -> None:
+    torch.manual_seed(seed)
+    layer = wrap("x", nn.Linear(64, 10))
+    layer.update_layer("default", 16, 8, LoraConfig())
+    a, b = layer.matrices("default")
+    assert b.count_nonzero() == 0
+    assert a.abs().max() <= 1 / 8
+    assert a.var().item() == pytest.approx(1 / (3 * 64), rel=0.15)
+    layer.reset_lora_parameters("default", "gaussian")
+    assert a.std().item() == pytest.approx(1 / 16, rel=0.15)
+    layer.reset_lora_parameters("default", False)
+    assert b.count_nonzero() == b.numel()
+
+
+@pytest.mark.parametrize("name", ["eva", "pissa", "loftq"])
+def test_a_data_driven_start_is_neutral_until_it_is_written(name: str) -> None:
+    layer = wrap("x", nn.Linear(6, 10))
+    layer.update_layer("default", 2, 8, LoraConfig(init_lora_weights=name))
+    layer.set_adapter(["default"])
+    x = torch.randn(4, 6)
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
+@pytest.mark.parametrize(
+    ("base", "adapter"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_half_precision_is_trained_in_float32(base: torch.dtype, adapter: torch.dtype) -> None:
+    layer = layer_of("linear", dtype=base)
+    assert {matrix.dtype for matrix in layer.matrices("default")} == {adapter}
+    out = layer(torch.randn(3, 6, dtype=base))
+    assert out.dtype == base
+
+
+def test_dropout_acts_in_training_only() -> None:
+    layer = layer_of("linear", lora_dropout=0.5)
+    x = torch.randn(3, 6)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    layer.update_layer("second", 2, 4, LoraConfig(lora_dropout=0.5))
+    assert not layer.lora_dropout["second"].training, "a new adapter follows its layer's mode"
+
+
+def test_only_active_adapters_count_and_train() -> None:
+    layer = layer_of("linear")
+    layer.update_layer("second", 2, 4, LoraConfig())
+    nn.init.normal_(layer.matrices("second")[1])
+    x = torch.randn(3, 6)
+    base, outputs = layer.base_layer(x), {}
+    for names in ([], ["default"], ["second"], ["default", "second"], ["absent"]):
+        layer.set_adapter(names)
+        outputs[tuple(names)] = layer(x) - base
+        for name in ("default", "second"):
+            assert all(matrix.requires_grad == (name in names) for matrix in layer.matrices(name))
+    assert outputs[()].count_nonzero() == outputs[("absent",)].count_nonzero() == 0
+    torch.testing.assert_close(outputs[("default", "second")], outputs[("default",)] + outputs[("second",)])
+    layer.set_adapter(["default"], inference_mode=True)
+    assert not any(matrix.requires_grad for matrix in layer.matrices("default"))
+
+
+def test_an_adapter_leaves_no_trace() -> None:
+    layer = layer_of("linear")
+    layer.update_layer("second", 2, 4, LoraConfig())
+    layer.remove("default")
+    layer.remove("default")
+    for part in (*layer.adapter_layer_names, *layer.other_param_names):
+        assert list(getattr(layer, part)) == ["second"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_and_gradients_are_pefts(kind: str, dtype: torch.dtype, seed: int) -> None:
+    peft_layer = pytest.importorskip("peft.tuners.lora.layer")
+    from peft import LoraConfig as PeftConfig
+
+    torch.manual_seed(seed)
+    ours = layer_of(kind, dtype=dtype, use_rslora=True)
+    config = PeftConfig(r=3, lora_alpha=6, use_rslora=True, fan_in_fan_out=kind == "conv1d")
+    theirs = peft_layer.Linear(ours.base_layer, "default", config=config, r=3, lora_alpha=6)
+    theirs.lora_A["default"].float().weight.data.copy_(ours.matrices("default")[0].data)
+    theirs.lora_B["default"].float().weight.data.copy_(ours.matrices("default")[1].data)
+    x = torch.randn(2, 5, 6, dtype=dtype)
+    results = []
+    for layer in (ours, theirs):
+        rows = x.clone().requires_grad_()
+        out = layer(rows)
+        out.square().sum().backward()
+        results.append((out, rows.grad, layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad))
+    for mine, other in zip(*results, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_state_keys_are_pefts() -> None:
+    assert set(layer_of("linear").state_dict()) == {
+        "base_layer.weight",
+        "base_layer.bias",
+        "lora_A.default.weight",
+        "lora_B.default.weight",
+    }
+
+
+def test_what_cannot_be_wrapped_is_named() -> None:
+    with pytest.raises(ConfigError, match="'block.norm' is a LayerNorm"):
+        wrap("block.norm", nn.LayerNorm(4))
+    with pytest.raises(ConfigError, match="at least 1, not 0"):
+        wrap("x", nn.Linear(2, 2)).update_layer("default", 0, 1, LoraConfig())
+    assert isinstance(wrap("x", nn.Linear(2, 2)), Linear)
+
+
+def test_names_before_wrapping(tiny_llama: Callable) -> None:
+    model = tiny_llama()
+    before = [name for name, _ in model.named_modules() if name]
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = wrap("q_proj", attention.q_proj)
+    attention.q_proj.update_layer("default", 2, 4, LoraConfig())
+    assert bare_module_names(model) == before
