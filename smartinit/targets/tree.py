@@ -62,7 +62,7 @@ def _inner(model: nn.Module) -> str | None:
     kind = type(model)
     if "base_model" in children and hasattr(kind, "get_base_model"):
         return "base_model"
-    if "model" in children and hasattr(kind, "add_weighted_adapter"):
+    if "model" in children and hasattr(kind, "disable_adapter_layers"):
         return "model"
     return None
 

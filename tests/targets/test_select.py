@@ -194,6 +194,19 @@ def test_a_peft_model_says_itself_which_layers(peft, llama, wrap):
         assert model.get_submodule(target.path).base_layer is base
 
 
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel])
+def test_our_adapter_model_says_itself_which_layers(llama, wrap):
+    from smartinit import LoraModel
+
+    base_layers = {name: llama.get_submodule(name) for name in names(select_targets(llama, LoraConfig()))}
+    model = wrap(LoraModel(llama, LoraConfig(r=2)))
+
+    targets = select_targets(model)
+
+    assert {target.name: target.module for target in targets} == base_layers
+    assert all(model.get_submodule(target.path).base_layer is target.module for target in targets)
+
+
 def test_adapters_around_embeddings_convolutions_and_attention_are_left_out(peft):
     class Mixed(nn.Module):
         def __init__(self) -> None:
