@@ -1,0 +1,163 @@
+"""``smartinit compute``: from a model folder and a data file to an adapter folder."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from smartinit.cli.checks import check_output_folder, check_plot
+from smartinit.cli.exit_codes import check_interrupt
+from smartinit.cli.model_folder import check_model_folder, is_local
+from smartinit.cli.options import adapter_options, data_options, model_options, output_options
+from smartinit.cli.output import Output
+from smartinit.cli.request import read_request
+from smartinit.data.source import find_source
+from smartinit.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from smartinit.artefact import Artefact
+    from smartinit.cli.load_model import ModelSource
+    from smartinit.cli.request import Request
+    from smartinit.data import Batches
+    from smartinit.data.source import Source
+
+
+@click.command("compute")
+@model_options()
+@data_options()
+@adapter_options()
+@click.option("--skip-bad-batches", is_flag=True, help="Count and skip batches with NaN or Inf in a layer's input.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Adapter folder to write.")
+@click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), metavar="FILE", help="Also draw ranks and variance (png, svg, pdf)."
+)
+@output_options()
+def command(**options: Any) -> None:  # noqa: ANN401 - click's options
+    """Compute the starting point of an adapter and write it as a plain PEFT folder.
+
+    The data is tokenised with the model's own tokenizer and run through the model once, or until every layer has
+    settled. The folder loads in PEFT and in every trainer that takes a PEFT adapter.
+    """
+    output = Output(as_json=options["as_json"], quiet=options["quiet"])
+    request = read_request(options)
+    check_output_folder(options["out"], force=options["force"])
+    check_plot(options["plot"])
+    with output.work():
+        artefact = run(request, options, output)
+        artefact.save(options["out"], force=options["force"])
+        if options["plot"] is not None:
+            from smartinit.report.figure import plot_artefact
+
+            plot_artefact(artefact, options["plot"])
+    show(artefact, output, out=options["out"], plot=options["plot"])
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Model and data, found and checked, weights not loaded yet."""
+
+    model: ModelSource
+    source: Source
+    batches: Batches
+    request: Request
+
+
+def open_inputs(request: Request, options: dict[str, Any], output: Output) -> Opened:
+    """Find model and data and tokenise the first rows: what is wrong with either shows before weights are loaded."""
+    from smartinit.cli.load_model import find_model, load_tokenizer, longest_input
+    from smartinit.data import read_batches
+
+    output.log(f"reading {options['data']}")
+    source = find_source(options["data"], split=request.sampling.split)
+    model = find_model(options["model"], trust_remote_code=options["trust_remote_code"])
+    tokenizer = load_tokenizer(model)
+    longest = longest_input(model, tokenizer)
+    if longest is not None and longest < request.sampling.max_length:
+        request = replace(request, sampling=replace(request.sampling, max_length=longest))
+    batches = read_batches(source, tokenizer, request.sampling, causal=model.causal, vocab_size=model.vocab_size)
+    return Opened(model, source, batches, request)
+
+
+def run(request: Request, options: dict[str, Any], output: Output) -> Artefact:
+    """Everything between the checks and the saving."""
+    if is_local(options["model"]):
+        check_model_folder(Path(options["model"]).expanduser())
+    find_source(options["data"], split=request.sampling.split)
+    output.log("loading libraries")
+    from smartinit.cli.load_model import load_weights
+    from smartinit.data import read_batches  # noqa: F401 - importing `datasets` takes time that is not the data's
+    from smartinit.pipeline import compute
+
+    started = time.perf_counter()
+    opened = open_inputs(request, options, output)
+    read = time.perf_counter()
+    check_interrupt()
+    output.log(f"loading {options['model']}")
+    check_request(request, opened.model)
+
+    model = load_weights(opened.model, dtype=options["dtype"], device=options["device"])
+    loaded = time.perf_counter()
+    check_interrupt()
+    artefact = compute(
+        model,
+        request.config,
+        opened.batches,
+        max_batches=request.max_batches,
+        seed=request.sampling.seed,
+        skip_bad_batches=options["skip_bad_batches"],
+        show_progress_bar=not output.quiet,
+        provenance={
+            "model": options["model"],
+            "data": options["data"],
+            "data_sha256": opened.source.sha256,
+            "batches_of": opened.request.sampling.as_dict(),
+        },
+        **request.planner_options(),
+    )
+    check_interrupt()
+    return replace(
+        artefact,
+        provenance={**artefact.provenance, "dropped_rows": opened.batches.dropped},
+        timings={"data": read - started, "model": loaded - read, **artefact.timings},
+    )
+
+
+def check_request(request: Request, model: ModelSource) -> None:
+    """Refuse methods and targets that cannot be before gigabytes of weights are loaded.
+
+    Raises:
+        ConfigError: the method is not there yet, no layer matches, or a rank is above ``min(in, out)``.
+    """
+    from smartinit.cli.load_model import meta_model
+    from smartinit.methods import available_methods
+    from smartinit.targets import check_ranks, select_targets
+
+    if request.config.method not in available_methods():
+        raise ConfigError(
+            f"the method '{request.config.method}' cannot be computed by this version; "
+            f"available: {', '.join(available_methods())}"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come again with the real model
+        with suppress(ModelError):  # a model that cannot be built without weights is checked with them
+            check_ranks(select_targets(meta_model(model), request.config), request.config)
+
+
+def show(artefact: Artefact, output: Output, *, out: Path, plot: Path | None) -> None:
+    """Print the summary and where the files lie."""
+    from smartinit.cli.summary import render, summarise
+
+    summary = summarise(artefact)
+    document = {"hit": None, "key": artefact.recipe.digest, "out": str(out), "summary": summary}
+    lines = [render(summary), "", f"adapter: {out}"]
+    if plot is not None:
+        document["plot"] = str(plot)
+        lines.append(f"figure:  {plot}")
+    output.result(document, "\n".join(lines))
