@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from smartinit.adapters.host import find_host, parts_of
+from smartinit.adapters.host import adapter_parameters, find_host, parts_of
 from smartinit.adapters.layer import bare_module_names
 from smartinit.adapters.rollback import undone_on_error
 from smartinit.errors import ArtefactError, ConfigError, UnknownNameError
@@ -123,35 +123,40 @@ def _check_shapes(name: str, layer: Any, adapter_name: str, pair: Factors | None
 
 
 def _resize(layer: Any, adapter_name: str, rank: int, alpha: float, start: Any) -> None:  # noqa: ANN401
-    """Another rank needs new matrices; all that `update_layer` takes from the base layer is put back as it was."""
-    weight = layer.lora_A[adapter_name].weight
-    if layer.r[adapter_name] == rank and not weight.is_meta:
+    if layer.r[adapter_name] == rank and not layer.lora_A[adapter_name].weight.is_meta:
         layer.lora_alpha[adapter_name] = alpha
-        return
+    else:
+        _renew(layer, adapter_name, rank, alpha, start)
+
+
+def _reset(layer: Any, adapter_name: str, start: Any) -> None:  # noqa: ANN401
+    if any(parameter.is_meta for parameter in adapter_parameters(layer, adapter_name)):
+        _renew(layer, adapter_name, layer.r[adapter_name], layer.lora_alpha[adapter_name], start)
+    else:
+        layer.reset_lora_parameters(adapter_name, True)
+
+
+def _renew(layer: Any, adapter_name: str, rank: int, alpha: float, start: Any) -> None:  # noqa: ANN401
+    """Make new matrices that start by default; what `update_layer` takes from the base layer is put back as it was.
+
+    PEFT's takes the base layer's dtype, which leaves half precision beside the float32 of the layers whose rank stays.
+    """
+    former = adapter_parameters(layer, adapter_name)[0]
     trained = {parameter: parameter.requires_grad for parameter in layer.parameters()}
     layer.update_layer(adapter_name=adapter_name, r=rank, lora_alpha=alpha, config=start)
     for parameter, requires_grad in trained.items():
         parameter.requires_grad_(requires_grad)
-    device = layer.lora_A[adapter_name].weight.device if weight.is_meta else weight.device
-    for part in layer.adapter_layer_names:
+    device = adapter_parameters(layer, adapter_name)[0].device if former.is_meta else former.device
+    for part in parts_of(layer):
         kept = getattr(layer, part)
         if adapter_name not in kept:
             continue
-        # PEFT makes new matrices in the base layer's dtype: half precision beside the float32 of other layers.
-        if isinstance(kept, torch.nn.ModuleDict):
-            kept[adapter_name].to(device=device, dtype=weight.dtype).requires_grad_(weight.requires_grad)
-        else:
-            moved = kept[adapter_name].to(device=device, dtype=weight.dtype)
-            kept[adapter_name] = torch.nn.Parameter(moved, requires_grad=weight.requires_grad)
-    layer.lora_dropout[adapter_name].train(layer.training)
-
-
-def _reset(layer: Any, adapter_name: str, start: Any) -> None:  # noqa: ANN401
-    if any(parameter.is_meta for parameter in layer.parameters()):
-        rank = layer.r[adapter_name]
-        layer.update_layer(adapter_name=adapter_name, r=rank, lora_alpha=layer.lora_alpha[adapter_name], config=start)
-    else:
-        layer.reset_lora_parameters(adapter_name, True)
+        made = kept[adapter_name]
+        if isinstance(made, torch.nn.Module):
+            made.to(device=device, dtype=former.dtype).requires_grad_(former.requires_grad).train(layer.training)
+        elif isinstance(made, torch.nn.Parameter):
+            made = made.to(device=device, dtype=former.dtype)
+            kept[adapter_name] = torch.nn.Parameter(made, requires_grad=former.requires_grad)
 
 
 def _remove(root: nn.Module, name: str, layer: Any, adapter_name: str) -> None:  # noqa: ANN401

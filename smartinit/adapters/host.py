@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from smartinit.adapters.layer import is_lora_layer
 from smartinit.adapters.model import LoraModel
 from smartinit.errors import ModelError, UnknownNameError
@@ -19,8 +21,6 @@ from smartinit.targets.tree import base_model
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
-
-    from torch import nn
 
 _PEFT_PATH = "base_model.model."
 
@@ -69,6 +69,13 @@ def parts_of(layer: nn.Module) -> list[str]:
     layer_names: tuple[str, ...] = layer.adapter_layer_names  # type: ignore[assignment]
     other_names: tuple[str, ...] = layer.other_param_names  # type: ignore[assignment]
     return [*layer_names, *other_names, *(["lora_variant"] if hasattr(layer, "lora_variant") else [])]
+
+
+def adapter_parameters(layer: nn.Module, adapter_name: str) -> list[nn.Parameter]:
+    """The parameters of one adapter on one LoRA layer."""
+    parts: tuple[str, ...] = layer.adapter_layer_names  # type: ignore[assignment]
+    kept = [getattr(layer, part)[adapter_name] for part in parts if adapter_name in getattr(layer, part)]
+    return [p for item in kept for p in ([item] if isinstance(item, nn.Parameter) else item.parameters())]
 
 
 def find_host(model: nn.Module) -> Host:

@@ -109,8 +109,8 @@ class LoraLayer(nn.Module):
         self.use_rslora[adapter_name] = bool(config.use_rslora)
         self.set_alpha(adapter_name, lora_alpha)
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
-        self.lora_A[adapter_name].train(self.training)
-        self.lora_dropout[adapter_name].train(self.training)
+        for modules in (self.lora_A, self.lora_B, self.lora_dropout):
+            modules[adapter_name].train(self.training)
 
     def matrices(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A ``(r, in)`` and B ``(out, r)`` of one adapter, the parameters themselves."""

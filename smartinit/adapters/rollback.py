@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from smartinit.adapters.host import parts_of
+from smartinit.adapters.host import adapter_parameters, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -47,11 +47,7 @@ class _Snapshot:
         for part in parts_of(layer):
             if adapter_name in getattr(layer, part):
                 self.kept[part] = getattr(layer, part)[adapter_name]
-        self.values = {
-            parameter: parameter.detach().clone()
-            for part in layer.adapter_layer_names
-            for parameter in _parameters(self.kept.get(part))
-        }
+        self.values = {parameter: parameter.detach().clone() for parameter in adapter_parameters(layer, adapter_name)}
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -62,9 +58,3 @@ class _Snapshot:
             parameter.copy_(value)
         for parameter, requires_grad in self.trained.items():
             parameter.requires_grad_(requires_grad)
-
-
-def _parameters(value: object) -> list[torch.nn.Parameter]:
-    if isinstance(value, torch.nn.Parameter):
-        return [value]
-    return list(value.parameters()) if isinstance(value, torch.nn.Module) else []

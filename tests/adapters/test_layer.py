@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
-from smartinit.adapters.layer import Conv1D, Linear, LoraLayer, bare_module_names, wrap
+from smartinit.adapters.layer import Conv1D, Linear, bare_module_names, wrap
 from smartinit.config import LoraConfig
 from smartinit.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from smartinit.adapters.layer import LoraLayer
 
 KINDS = {"linear": lambda: nn.Linear(6, 10), "conv1d": lambda: TransformersConv1D(10, 6)}
 
@@ -157,7 +159,7 @@ def test_state_keys_are_pefts() -> None:
 
 
 def test_what_cannot_be_wrapped_is_named() -> None:
-    with pytest.raises(ConfigError, match="'block.norm' is a LayerNorm"):
+    with pytest.raises(ConfigError, match=r"'block.norm' is a LayerNorm"):
         wrap("block.norm", nn.LayerNorm(4))
     with pytest.raises(ConfigError, match="at least 1, not 0"):
         wrap("x", nn.Linear(2, 2)).update_layer("default", 0, 1, LoraConfig())

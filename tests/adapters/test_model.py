@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch import nn
 
 from smartinit.adapters import LoraModel
 from smartinit.adapters.layer import LoraLayer
@@ -17,6 +16,8 @@ from smartinit.errors import ArtefactError, ConfigError, ModelError, SmartinitEr
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from torch import nn
 
 # PEFT asks every transformers model for a property that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

@@ -30,7 +30,7 @@ def full_disk(limit: int = 100) -> Iterator[None]:
 
 def names(folder: Path) -> list[str]:
     """What is in a folder, hidden names included."""
-    return sorted(os.listdir(folder))
+    return sorted(path.name for path in folder.iterdir())
 
 
 def fill(folder: Path, text: str, **options: object) -> None:
@@ -75,7 +75,7 @@ def test_after_an_error_nothing_has_changed(tmp_path: Path, error: BaseException
     if force:
         fill(target, "old")
     before = names(tmp_path)
-    with pytest.raises(type(error)), new_folder(target, force=force, marker="marker") as unfinished:
+    with pytest.raises(type(error)), new_folder(target, force=force, marker="marker") as unfinished:  # noqa: PT012
         write_file(unfinished / "file", b"1")
         raise error
     assert names(tmp_path) == before
@@ -85,7 +85,7 @@ def test_after_an_error_nothing_has_changed(tmp_path: Path, error: BaseException
 
 def test_an_existing_folder_is_refused_and_kept(tmp_path: Path) -> None:
     fill(tmp_path / "out", "old")
-    with pytest.raises(OutputError, match="exists already.*--force"):
+    with pytest.raises(OutputError, match=r"exists already.*--force"):
         fill(tmp_path / "out", "new")
     assert (tmp_path / "out" / "file").read_text() == "old"
     assert names(tmp_path) == ["out"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import random
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from smartinit.errors import ConfigError
 from smartinit.formats.patterns import anchored, compact_patterns, exact_target_modules
 from smartinit.planning.plan import Plan
+
+if TYPE_CHECKING:
+    import random
 
 PARTS = st.sampled_from(["a", "b", "q_proj", "layers", "0", "1", "x-y", "z+"])
 NAMES = st.lists(PARTS, min_size=1, max_size=4).map(".".join)

@@ -144,7 +144,7 @@ def test_values_that_are_not_finite_are_not_written(tmp_path: Path, value: float
 def test_plan_and_factors_must_agree(tmp_path: Path, seed: int) -> None:
     plan, factors = example(RANKS, seed)
     del factors["model.layers.1.self_attn.v_proj"]
-    with pytest.raises(ConfigError, match="different layers.*layers.1.self_attn.v_proj"):
+    with pytest.raises(ConfigError, match=r"different layers.*layers.1.self_attn.v_proj"):
         write_adapter(tmp_path, LoraConfig(), plan, factors)
 
 
@@ -165,9 +165,9 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, seed: int) -> N
 
 
 def test_no_folder_and_no_adapter(tmp_path: Path) -> None:
-    with pytest.raises(MissingFileError, match="there is no folder .*nowhere"):
+    with pytest.raises(MissingFileError, match=r"there is no folder .*nowhere"):
         read_adapter(tmp_path / "nowhere")
-    with pytest.raises(ArtefactError, match="adapter_config.json' is missing"):
+    with pytest.raises(ArtefactError, match=r"adapter_config.json' is missing"):
         read_adapter(tmp_path)
 
 
