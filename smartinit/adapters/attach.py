@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from smartinit.factors import Factors
 
 
-@torch.no_grad()
 def write_factors(
     model: nn.Module, factors: Mapping[str, Factors], plan: Plan, adapter_name: str = "default"
 ) -> nn.Module:
@@ -70,7 +69,7 @@ def write_factors(
 
     start = copy.copy(config)
     start.init_lora_weights = True  # creates a layer of another rank, without running the method the config names
-    with undone_on_error(host, layers, adapter_name):
+    with torch.no_grad(), undone_on_error(host, layers, adapter_name):
         for name, layer_name in layer_of.items():
             layer = layers[layer_name]
             if plan.ranks[name] == 0:
@@ -87,7 +86,7 @@ def write_factors(
         warnings.warn(
             f"{len(unplanned)} layers with adapter '{adapter_name}' had no factors and start by default (A random, B "
             f"zero): {', '.join(unplanned)}",
-            stacklevel=3,
+            stacklevel=3,  # the caller of `Artefact.apply` or `initialize_lora_eva_weights`
         )
     return model
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from smartinit.adapters.layer import is_lora_layer
-from smartinit.adapters.model import LoraModel
 from smartinit.errors import ModelError, UnknownNameError
 from smartinit.targets.tree import base_model
 
@@ -91,8 +90,7 @@ def find_host(model: nn.Module) -> Host:
         wrapper = model.get_submodule(".".join(parts[:depth]))
         configs = getattr(wrapper, "peft_config", None)
         if configs:
-            inner = wrapper.model if isinstance(wrapper, LoraModel) else root
-            return Host(inner, configs, _PEFT_PATH if path.endswith(_PEFT_PATH) else "")
+            return Host(root, configs, _PEFT_PATH if path.endswith(_PEFT_PATH) else "")
     raise ModelError(
         f"a {type(model).__name__} has no adapter to write into; wrap it first, with smartinit.LoraModel(model, "
         "config) or peft.get_peft_model(model, config)"
