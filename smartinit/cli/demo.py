@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ def _options_of_compute(*arguments: str) -> dict[str, Any]:
 
 def _plot(artefact: Artefact, path: Path) -> Path | None:
     """The figure, if matplotlib is there."""
-    if importlib.util.find_spec("matplotlib") is None:
+    if any(importlib.util.find_spec(name) is None for name in ("matplotlib", "smartinit.report.figure")):
         return None
     from smartinit.report.figure import plot_artefact
 
@@ -91,7 +92,8 @@ def _starts_at_base(model: str, data: str, adapter: Path) -> bool | None:
     base, tokenizer = load_model(model, device="cpu")
     batch = next(iter(read_batches(data, tokenizer, Sampling(max_samples=4, max_length=128))))
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's and transformers' about each other
         before = base(**inputs).logits
         adapted = peft.PeftModel.from_pretrained(base, str(adapter), is_trainable=True).eval()
         return bool(torch.equal(before, adapted(**inputs).logits))
