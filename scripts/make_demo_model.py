@@ -232,7 +232,7 @@ def draw_curve(record: dict[str, Any], file: Path) -> None:
         axes.plot(*zip(*points, strict=True), label=label)
     axes.axhline(record["held_out"]["unigram"], color="grey", linestyle=":", label="unigram, held-out modules")
     axes.set(xlabel="step", ylabel="nats per token", ylim=(0, None))
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(file, dpi=100)
     plt.close(figure)
 
