@@ -73,17 +73,14 @@ _READER: dict[str, dict[str, Any]] = {
 
 
 def _read(source: Source, limit: int | None, **reader: object) -> datasets.Dataset:
-    files = [str(path) for path in source.files]
     # The folder goes at once: what is mapped stays readable on POSIX, and not even a killed process leaves it behind.
     with tempfile.TemporaryDirectory(prefix="smartinit-data-", ignore_cleanup_errors=True) as folder:
+        given = {**reader, "data_files": [str(path) for path in source.files], "split": "train", "cache_dir": folder}
         try:
             if limit is not None:
-                stream = datasets.load_dataset(**reader, data_files=files, split="train", streaming=True)
-                return datasets.Dataset.from_list(list(stream.take(limit)))
+                return datasets.Dataset.from_list(list(datasets.load_dataset(**given, streaming=True).take(limit)))
             in_memory = os.name == "nt" or source.size <= _IN_MEMORY
-            return datasets.load_dataset(
-                **reader, data_files=files, split="train", cache_dir=folder, keep_in_memory=in_memory
-            )
+            return datasets.load_dataset(**given, keep_in_memory=in_memory)
         except Exception as error:
             if "corresponds to no data" in str(error):
                 raise DataError(f"the data file {source.files[0]} holds no rows") from error

@@ -202,6 +202,14 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("arguments", [("--target-modules", "q_porj"), ("--rank", 33), ("--method", "corda")])
+def test_what_the_configuration_rules_out_is_refused_before_weights_are_read(
+    compute, model_folder, edit_weights, arguments
+):
+    edit_weights(model_folder, not_a_number)
+    assert compute("--quiet", *arguments).code == 2
+
+
 @pytest.fixture
 def inputs(model_folder, data_file, edit_weights):
     """What a case may spoil."""

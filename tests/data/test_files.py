@@ -23,11 +23,13 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def leaves_nothing(tmp_path_factory, monkeypatch):
-    """No temporary file outlives a call, and the caches in the home stay as they are."""
-    scratch = tmp_path_factory.mktemp("scratch")
+    """No temporary file outlives a call, and the user's cache of datasets stays as it is."""
+    scratch, cache = tmp_path_factory.mktemp("scratch"), tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
     yield
     assert list(scratch.iterdir()) == []
+    assert list(cache.iterdir()) == []
 
 
 def write(path, content):

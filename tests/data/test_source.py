@@ -67,6 +67,7 @@ class TestFolder:
         second = write(tmp_path / "data" / "train-00001-of-00002.jsonl")
         test = write(tmp_path / "data" / "test-00000-of-00001.jsonl")
         write(tmp_path / "README.md")
+        write(tmp_path / "notes.jsonl")
         write(tmp_path / ".cache" / "train.jsonl")
         assert find_source(tmp_path).files == (first, second)
         assert find_source(tmp_path, split="test").files == (test,)

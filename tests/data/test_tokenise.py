@@ -70,6 +70,12 @@ def test_text_is_not_ended_twice(make_tokenizer):
     assert tokenizer.decode(row.input_ids) == "Paris.<eos>"
 
 
+def test_a_completion_is_not_ended_twice(make_tokenizer):
+    tokenizer = make_tokenizer()
+    (row,) = tokenise(tokenizer, PAIR, [{"prompt": "Where? ", "completion": "Paris.<eos>"}])
+    assert tokenizer.decode(row.input_ids) == "Where? Paris.<eos>"
+
+
 def test_text_with_a_begin_token(make_tokenizer):
     from tokenizers.processors import TemplateProcessing
 
@@ -158,6 +164,16 @@ class TestMessages:
         (row,) = tokenise(tokenizer, MESSAGES, [{"messages": TALK}])
         assert tokenizer.decode(row.input_ids) == tokenizer.apply_chat_template(TALK, tokenize=False)
         assert counted(tokenizer, row) == "There are three apples.<|im_end|>\nTwo naïve apples.<|im_end|>\n"
+
+    def test_marks_of_the_template_outrank_what_follows_from_prefixes(self, make_tokenizer):
+        """Here they leave out the end of the turn; the line break before it is in no token's offsets."""
+        narrow = MARKED.replace(
+            "{% generation %}{{ message['content'] + '<|im_end|>\n' }}{% endgeneration %}",
+            "{% generation %}{{ message['content'] + '\n' }}{% endgeneration %}{{ '<|im_end|>' }}",
+        )
+        tokenizer = make_tokenizer(narrow)
+        (row,) = tokenise(tokenizer, MESSAGES, [{"messages": TALK}])
+        assert counted(tokenizer, row) == "There are three apples.\nTwo naïve apples.\n"
 
     def test_marked_and_unmarked_templates_agree(self, make_tokenizer):
         marked, unmarked = (
