@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import math
-import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 import torch
+from demo_rows import rows
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
-
-# The scripts also run from a checkout that is not installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from smartinit.demo import rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

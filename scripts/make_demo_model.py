@@ -2,7 +2,7 @@
 
 Writes ``FOLDER/model`` (a Llama causal LM of 1.3 million float32 parameters, its tokenizer, ``training.json`` with its
 loss curve) and ``FOLDER/data`` (three small jsonl files). The text is on every machine that has Python: the sources of
-the standard library, and the instruction rows of ``smartinit.demo.rows``. One thread and fixed seeds: two runs on one
+the standard library, and the instruction rows of ``scripts/demo_rows``. One thread and fixed seeds: two runs on one
 machine with the same versions give bitwise equal weights. About 15 minutes on one core.
 """
 
@@ -26,12 +26,7 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 import torch
 import transformers
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-from demo_corpus import (  # noqa: E402  the script also runs from a checkout that is not installed
+from demo_corpus import (
     SPECIAL_TOKENS,
     Recipe,
     chat_stream,
@@ -43,13 +38,16 @@ from demo_corpus import (  # noqa: E402  the script also runs from a checkout th
     module_sources,
     write_data,
 )
-
-from smartinit.demo import rows  # noqa: E402
+from demo_rows import rows
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCausalLM:

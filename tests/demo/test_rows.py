@@ -2,10 +2,15 @@ from __future__ import annotations
 
 import itertools
 from random import Random
+from typing import TYPE_CHECKING
 
 import pytest
 
-from smartinit.demo import facts, rows
+if TYPE_CHECKING:
+    from demo_rows import facts, rows
+else:
+    facts = pytest.importorskip("demo_rows.facts", reason="scripts/ is not beside tests/")
+    rows = pytest.importorskip("demo_rows.rows")
 
 
 @pytest.mark.parametrize("family", rows.FAMILIES, ids=lambda f: f.__name__)

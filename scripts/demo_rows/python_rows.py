@@ -1,13 +1,13 @@
 """Questions about Python, answered by running it.
 
-Each function draws one (prompt, completion) pair; the answer is computed. See :mod:`smartinit.demo.rows`.
+Each function draws one (prompt, completion) pair; the answer is computed. See :mod:`demo_rows.rows`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from smartinit.demo import facts
+from demo_rows import facts
 
 if TYPE_CHECKING:
     from collections.abc import Callable

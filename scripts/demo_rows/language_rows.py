@@ -1,6 +1,6 @@
 """Tasks on letters, words, lists, records and short texts.
 
-Each function draws one (prompt, completion) pair; the answer is computed. See :mod:`smartinit.demo.rows`.
+Each function draws one (prompt, completion) pair; the answer is computed. See :mod:`demo_rows.rows`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from smartinit.demo import facts
+from demo_rows import facts
 
 if TYPE_CHECKING:
     from random import Random

@@ -1,6 +1,6 @@
 """Questions about numbers, quantities and days, with computed answers.
 
-Each function draws one (prompt, completion) pair; the answer is computed. See :mod:`smartinit.demo.rows`.
+Each function draws one (prompt, completion) pair; the answer is computed. See :mod:`demo_rows.rows`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 from datetime import date, timedelta
 from typing import TYPE_CHECKING
 
-from smartinit.demo import facts
+from demo_rows import facts
 
 if TYPE_CHECKING:
     from random import Random

@@ -8,7 +8,7 @@ from __future__ import annotations
 from random import Random
 from typing import TYPE_CHECKING
 
-from smartinit.demo import facts, language_rows, number_rows, python_rows
+from demo_rows import facts, language_rows, number_rows, python_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
