@@ -37,23 +37,21 @@ def undone_on_error(host: Host, layers: Mapping[str, nn.Module], adapter_name: s
 
 
 class _Snapshot:
-    """What one layer keeps for one adapter."""
+    """What one layer keeps per adapter, and the values of one of them."""
 
     def __init__(self, layer: Any, adapter_name: str) -> None:  # noqa: ANN401  (a layer of this package or of PEFT)
         self.layer = layer
-        self.adapter_name = adapter_name
         self.trained = {parameter: parameter.requires_grad for parameter in layer.parameters()}
-        self.kept: dict[str, Any] = {}
-        for part in parts_of(layer):
-            if adapter_name in getattr(layer, part):
-                self.kept[part] = getattr(layer, part)[adapter_name]
+        self.kept = {part: dict(getattr(layer, part).items()) for part in parts_of(layer)}
         self.values = {parameter: parameter.detach().clone() for parameter in adapter_parameters(layer, adapter_name)}
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put all of it back."""
-        for part, value in self.kept.items():
-            getattr(self.layer, part)[self.adapter_name] = value
+        for part, items in self.kept.items():
+            kept = getattr(self.layer, part)
+            kept.clear()  # an item put back by itself would come last, and optimisers count on the order
+            kept.update(items)
         for parameter, value in self.values.items():
             parameter.copy_(value)
         for parameter, requires_grad in self.trained.items():

@@ -37,6 +37,19 @@ def wrapped(host: str, base: nn.Module, **options: Any) -> nn.Module:
     return peft.get_peft_model(base, peft.LoraConfig(**options), low_cpu_mem_usage=low_cpu_mem_usage, **cast)
 
 
+def add_other(host: str, model: nn.Module) -> None:
+    """A second adapter, on q and v, that someone trains at the same time."""
+    config = {"r": 3, "target_modules": ["q_proj", "v_proj"]}
+    if host == "native":
+        model.add_adapter("other", LoraConfig(**config))
+    else:
+        import peft
+
+        model.add_adapter("other", peft.LoraConfig(**config))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".other." in name or parameter.requires_grad)
+
+
 def example(ranks: dict[str, int], seed: int, *, neutral: bool = False) -> tuple[dict[str, Factors], Plan]:
     """Random factors; k and v have 16 outputs, q has 32."""
     generator = torch.Generator().manual_seed(seed)
@@ -100,6 +113,16 @@ def test_the_model_computes_what_the_factors_say(
         torch.testing.assert_close(
             model(input_ids=tokens).logits.double(), expected(input_ids=tokens).logits, rtol=1e-4, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_an_alpha_can_change_alone(host: str, seed: int, tiny_llama: Callable) -> None:
+    model = wrapped(host, tiny_llama())
+    factors, plan = example(dict.fromkeys(NAMES, 4), seed)
+    write_factors(model, factors, Plan(plan.ranks, dict.fromkeys(NAMES, 20)))
+    for layer in layers_of(model).values():
+        assert (layer.scaling["default"], layer.lora_alpha["default"]) == (5.0, 20)
+    assert find_host(model).config("default").lora_alpha == 20
 
 
 @pytest.mark.parametrize("prefix", ["", "base_model.model.", "module.", "_orig_mod.", "_orig_mod.module."])
@@ -176,13 +199,7 @@ def test_weights_on_the_meta_device_are_made(host: str, seed: int, tiny_llama: C
 @pytest.mark.parametrize("host", HOSTS)
 def test_other_adapters_and_modes_are_left_alone(host: str, seed: int, tiny_llama: Callable) -> None:
     model = wrapped(host, tiny_llama(), lora_dropout=0.25)
-    config = {"r": 3, "target_modules": ["q_proj", "v_proj"]}
-    if host == "native":
-        model.add_adapter("other", LoraConfig(**config))
-    else:
-        import peft
-
-        model.add_adapter("other", peft.LoraConfig(**config))
+    add_other(host, model)
     model.eval()
     before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters() if ".other." in name}
     assert len(before) == 8
@@ -218,6 +235,7 @@ def test_the_configuration_says_what_is_in_the_model(host: str, seed: int, tiny_
     write_factors(model, *example(RANKS, seed))
     config = find_host(model).config("default")
     assert type(config) is type(former)
+    assert config.layers_to_transform is None, "the names say it"
     assert former.r == 4, "configurations that others hold are not written to"
     assert (config.r, config.lora_alpha) == (7, 14)
     read = LoraConfig.from_any(config)
@@ -294,6 +312,7 @@ def test_an_error_in_the_middle_of_writing_is_undone(  # noqa: PLR0917  (paramet
     host: str, low_cpu_mem_usage: bool, step: int, seed: int, tiny_llama: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = wrapped(host, tiny_llama(dtype=torch.bfloat16), low_cpu_mem_usage=low_cpu_mem_usage)
+    add_other(host, model)
     before = picture(model) if not low_cpu_mem_usage else None
     modules = [(name, id(module)) for name, module in model.named_modules()]
     config = find_host(model).config("default")

@@ -79,6 +79,12 @@ def test_outputs_and_gradients_are_pefts(
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_new_layers_take_the_models_mode(training: bool, tiny_llama: Callable) -> None:
+    model = LoraModel(tiny_llama().train(training), LoraConfig(target_modules=["q_proj"], lora_dropout=0.5))
+    assert {module.training for module in model.model.modules()} == {training}
+
+
 def test_what_is_missing_is_the_wrapped_models(tiny_llama: Callable, tokens: torch.Tensor) -> None:
     base = tiny_llama()
     model = LoraModel(base, LoraConfig(r=2, target_modules=["q_proj"]))
