@@ -63,7 +63,8 @@ def write_factors(
     for name, layer_name in layer_of.items():
         if plan.ranks[name] > 0:
             _check_shapes(layer_name, layers[layer_name], adapter_name, factors.get(name), plan.ranks[name])
-    unplanned = [name for name in layers if name not in set(layer_of.values())]
+    planned = set(layer_of.values())
+    unplanned = [name for name in layers if name not in planned]
     if not unplanned and not any(plan.ranks[name] for name in layer_of):
         raise ConfigError(f"all {len(layer_of)} layers have rank 0, so no adapter would be left; give a larger rank")
 
