@@ -116,13 +116,16 @@ def _from_hub(name: str, split: str, config_name: str | None, limit: int | None)
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """Keep the progress bars and log lines of `datasets` out of the way, and put them back."""
+    """Keep progress bars, log lines and usage counts of `datasets` out of the way, and put them back."""
     bars, level = datasets.are_progress_bars_disabled(), datasets.utils.logging.get_verbosity()
+    counts = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it calls a server even for a local file
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     try:
         yield
     finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
         datasets.utils.logging.set_verbosity(level)
         if not bars:
             datasets.enable_progress_bars()

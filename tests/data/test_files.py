@@ -144,6 +144,14 @@ def test_a_hub_id_that_cannot_be_reached(tmp_path, monkeypatch):
         load_rows("smartinit/does-not-exist")
 
 
+def test_local_files_need_no_network_even_where_there_is_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
+    path = write(tmp_path / "a.jsonl", JSONL)
+    assert len(load_rows(path)) == len(load_rows(path, limit=3)) == 3
+    assert datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+
+
 def test_progress_bars_and_log_level_are_put_back(tmp_path):
     level = datasets.utils.logging.get_verbosity()
     load_rows(write(tmp_path / "a.jsonl", JSONL))
