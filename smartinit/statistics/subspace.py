@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from smartinit.linalg.nystrom import NystromStep
 
 _CHUNK_ROWS = 4096
+_WARM_UP_ROWS = 1024
 _WARM_UP_BYTES = 4 << 20
 
 
@@ -68,7 +69,7 @@ class SubspacePCA:
         self.block_rows = block_rows
         self.seed = seed
         self.width = sketch_width(features, self.components)
-        self._warm_up_rows = max(2 * self.width, min(block_rows, _WARM_UP_BYTES // (4 * features)))
+        self._warm_up_rows = max(2 * self.width, min(_WARM_UP_ROWS, _WARM_UP_BYTES // (4 * features)))
         self._scatter = 0.0
         self._blocks = 0
         self._cosines = torch.zeros(self.width, dtype=torch.float64)
@@ -116,8 +117,12 @@ class SubspacePCA:
             self._buffered += rows.shape[0]
             return
         if self._whole.rows == 0:
-            self._warm_up(torch.cat([*self._buffer, rows.float()]) if self._buffer else rows.float())
-            return
+            taken = max(self._warm_up_rows, self.block_rows) - self._buffered
+            _energy(rows)  # before anything is kept of them
+            self._warm_up(torch.cat([*self._buffer, rows[:taken].float()]))
+            rows = rows[taken:]
+            if not rows.shape[0]:
+                return
         shifted = rows - self._shift  # one fused cast and subtraction
         energy = _energy(shifted)
         for start in range(0, shifted.shape[0], _CHUNK_ROWS):
@@ -265,7 +270,7 @@ class SubspacePCA:
         # The last column collects the rows' sum: the second GEMM gives the mean for nothing.
         basis = self._whole.basis
         self._sketch = torch.cat([basis, basis.new_zeros(self.features, 1)], dim=1)
-        self._product = torch.zeros_like(self._sketch)
+        self._product = torch.zeros_like(self._sketch.mT).contiguous()  # (q+1, d): the faster way round
         self._projected = basis.new_zeros(self.width, dtype=torch.float64)
 
     def _absorb(self, shifted: Tensor, energy: float) -> None:
@@ -273,13 +278,16 @@ class SubspacePCA:
         projected = shifted @ self._sketch
         self._projected += torch.linalg.vector_norm(projected[:, :-1], dim=0).double().square()
         projected[:, -1] = 1
-        self._product.addmm_(shifted.mT, projected)
+        self._product.addmm_(projected.mT, shifted)
         self._pending_rows += shifted.shape[0]
         self._pending_energy += energy
 
     def _warm_up(self, rows: Tensor) -> None:
         """First block: the rows are at hand, so the random sketch is improved by subspace iteration on them."""
-        mean = rows.mean(0, dtype=torch.float64) if self.centred else self._whole.mean
+        mean = self._whole.mean
+        if self.centred:
+            shift = rows.mean(0)
+            mean = shift.double() + (rows - shift).mean(0).double()  # float32 twice is as exact as float64, and faster
         shifted = rows - mean.float()
         self._scatter = _energy(shifted)
         basis, values = leading_directions(shifted, self._whole.basis)
@@ -318,7 +326,7 @@ def _settle_group(group: list[SubspacePCA]) -> None:
     products, sketches, offsets = [], [], []
     for s in group:
         sketch, whole, rows = s._whole.basis, s._whole, s._pending_rows
-        product, offset = s._product[:, :-1], (s._product[:, -1] / rows).double()
+        product, offset = s._product[:-1].mT, (s._product[-1] / rows).double()
         if not s.centred:
             offset = torch.zeros_like(offset)
         # Sketch = basis, so the old summary times the sketch is a scaling of its columns.
@@ -364,7 +372,7 @@ def _half_steps(group: list[SubspacePCA], sketches: Tensor, offsets: list[Tensor
     for i, s in enumerate(group):
         rows, offset, half = s._pending_rows, offsets[i], s._halves[s._blocks % 2]
         block_mean = s._whole.mean + offset
-        product = s._product[:, :-1] - rows * torch.outer(offset.float(), sketches[i].mT @ offset.float())
+        product = s._product[:-1].mT - rows * torch.outer(offset.float(), sketches[i].mT @ offset.float())
         gap = (half.mean - block_mean).float()
         weight = half.rows * rows / (half.rows + rows)
         product = product + half.product(sketches[i]) + torch.outer(gap, (sketches[i].mT @ gap) * weight)
