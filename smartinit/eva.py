@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from smartinit.planning.plan import Plan
 
 
-def get_eva_state_dict(  # noqa: PLR0917  (PEFT's signature)
+def get_eva_state_dict(
     model: nn.Module,
     dataloader: Iterable[Any],
     peft_config: Any = None,  # noqa: ANN401  (a LoraConfig of this package or of PEFT)
@@ -99,7 +99,7 @@ def get_eva_state_dict(  # noqa: PLR0917  (PEFT's signature)
     }
 
 
-def initialize_lora_eva_weights(  # noqa: PLR0917  (PEFT's signature)
+def initialize_lora_eva_weights(
     model: nn.Module,
     dataloader: Iterable[Any] | None = None,
     eva_state_dict: Mapping[str, torch.Tensor] | None = None,

@@ -118,7 +118,7 @@ class SubspacePCA:
             return
         if self._whole.rows == 0:
             taken = max(self._warm_up_rows, self.block_rows) - self._buffered
-            _energy(rows)  # before anything is kept of them
+            _energy(rows.float())  # before anything is kept of them
             self._warm_up(torch.cat([*self._buffer, rows[:taken].float()]))
             rows = rows[taken:]
             if not rows.shape[0]:
