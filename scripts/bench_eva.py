@@ -1,6 +1,6 @@
 """EVA against PEFT's and against bare forward passes: time, memory and captured variance, side by side in one run.
 
-    .venv/bin/python scripts/bench_eva.py                     # a real model if there is one, else the demo model; and a wide one
+    .venv/bin/python scripts/bench_eva.py       # a real model if there is one, else the demo model; and a wide one
     .venv/bin/python scripts/bench_eva.py --model DIR --data FILE
 
 Every contender runs in a process of its own, on the same model, batches and settings; contenders take turns. CPU
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -49,8 +50,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--hidden", type=int, default=384, help="of the structured Llama")
-    parser.add_argument("--layers", type=int, default=6, help="of the structured Llama")
+    parser.add_argument("--hidden", type=int, default=768, help="of the structured Llama")
+    parser.add_argument("--layers", type=int, default=4, help="of the structured Llama")
     parser.add_argument("--skip-peft", action="store_true")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -89,29 +90,29 @@ def run_case(options: argparse.Namespace, model: str, data: str | None) -> dict[
             name: [] for name in CONTENDERS if not (name == "peft" and options.skip_peft)
         }
         for repeat in range(options.repeats):
-            for name in runs:
-                if name == "peft" and repeat:
-                    continue  # it takes minutes; one run is enough to divide by
-                runs[name].append(spawn(options, model, data, name, Path(folder)))
+            for name, done in runs.items():
+                if name != "peft" or not repeat:  # it takes minutes: one run is enough to divide by
+                    done.append(spawn(options, model, data, name, Path(folder)))
         bare = statistics.median(run["cpu"] for run in runs["forward"])
         print(
-            f"  {'':10} {'CPU s':>8} {'wall s':>8} {'× forward':>10} {'peak MB':>8}  captured/exact, held out (mean, worst)"
+            f"  {'':10} {'CPU s':>8} {'wall s':>8} {'× forward':>10} {'peak MB':>8}"
+            "  captured / exact PCA's, on held-out rows: mean, worst"
         )
+        held_out = HeldOut(options, model, data)
         table = {}
         for name, done in runs.items():
             cpu = statistics.median(run["cpu"] for run in done)
             wall = statistics.median(run["wall"] for run in done)
             peak = statistics.median(run["peak_mb"] for run in done)
-            quality = (
-                captured(options, model, data, Path(folder) / f"{name}.safetensors") if name != "forward" else None
-            )
+            quality = None if name == "forward" else held_out.shares(Path(folder) / f"{name}.safetensors")
             table[name] = {"cpu": cpu, "wall": wall, "ratio": cpu / bare, "peak_mb": peak, "captured": quality}
             shown = "" if quality is None else f"{quality[0]:.5f}, {quality[1]:.5f}"
             print(f"  {name:10} {cpu:8.2f} {wall:8.2f} {cpu / bare:10.2f} {peak:8.0f}  {shown}")
         if "peft" in table:
             ours, theirs = table["smartinit"]["ratio"] - 1, table["peft"]["ratio"] - 1
             print(
-                f"  overhead over bare forward passes: {ours:.0%} against {theirs:.0%}, {theirs / max(ours, 1e-9):.0f}× smaller"
+                f"  overhead over bare forward passes: {ours:.0%} against {theirs:.0%}, "
+                f"{theirs / max(ours, 1e-9):.0f}× smaller"
             )
         scaling = {}
         for factor in (1, 2, 4):
@@ -122,7 +123,7 @@ def run_case(options: argparse.Namespace, model: str, data: str | None) -> dict[
 
 
 def spawn(
-    options: argparse.Namespace, model: str, data: str | None, name: str, folder: Path, batches: int | None = None
+    options: argparse.Namespace, model: str, data: str | None, name: str, folder: Path, *, batches: int | None = None
 ) -> dict[str, Any]:
     """Run one contender in a fresh process and read its figures."""
     task = {
@@ -253,7 +254,7 @@ def load(options: argparse.Namespace, model: str, data: str | None, count: int) 
 
 
 def structured_llama(options: argparse.Namespace) -> torch.nn.Module:
-    """A Llama of the asked width whose weights have decaying spectra: random ones would give featureless activations."""
+    """A Llama whose weights have decaying spectra: random ones would give featureless activations."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -292,41 +293,50 @@ def zipf_batches(options: argparse.Namespace, count: int) -> list[dict[str, torc
     return out
 
 
-def captured(options: argparse.Namespace, model: str, data: str | None, state: Path) -> tuple[float, float]:
-    """Share of the exact PCA's captured variance, at the same ranks, on batches that nobody has seen."""
-    torch.set_num_threads(options.threads)
-    network, batches = load(options, model, data, options.batches * 2)
-    unseen = batches[options.batches :]
-    bases = load_file(state)
-    moments: dict[str, torch.Tensor] = {}
-    sums: dict[str, torch.Tensor] = {}
-    counts: dict[str, int] = {}
-    mask = torch.empty(0)
+class HeldOut:
+    """Exact moments of every target's rows, on the batches that were used and on as many that nobody has seen."""
 
-    def look(name: str, inputs: tuple[torch.Tensor, ...]) -> None:
-        rows = inputs[0][mask].float()
-        moments[name] = moments.get(name, 0) + (rows.mT @ rows).double().cpu()
-        sums[name] = sums.get(name, 0) + rows.double().sum(0).cpu()
-        counts[name] = counts.get(name, 0) + rows.shape[0]
+    def __init__(self, options: argparse.Namespace, model: str, data: str | None) -> None:
+        torch.set_num_threads(options.threads)
+        network, batches = load(options, model, data, options.batches * 2)
+        pattern = re.compile(lora_config(options)["target_modules"])
+        names = [n for n, m in network.named_modules() if isinstance(m, torch.nn.Linear) and pattern.fullmatch(n)]
+        self._seen = self._moments(network, names, batches[: options.batches])
+        self._unseen = self._moments(network, names, batches[options.batches :])
+        self._exact = {name: torch.linalg.eigh(moment).eigenvectors.flip(1) for name, moment in self._seen.items()}
 
-    handles = [
-        network.get_submodule(name).register_forward_hook(lambda _m, i, _o, name=name: look(name, i)) for name in bases
-    ]
-    with torch.no_grad():
-        for batch in unseen:
-            mask = batch["attention_mask"].bool()
-            network(**batch)
-    for handle in handles:
-        handle.remove()
-    shares = []
-    for name, basis in bases.items():
-        if not basis.shape[0]:
-            continue
-        moment = moments[name] - torch.outer(sums[name], sums[name]) / counts[name]
-        q = torch.linalg.qr(basis.double().mT).Q
-        best = torch.linalg.eigvalsh(moment).flip(0)[: q.shape[1]].sum()
-        shares.append(float((q * (moment @ q)).sum() / best))
-    return statistics.mean(shares), min(shares)
+    def shares(self, state: Path) -> tuple[float, float]:
+        """Variance that the bases capture of unseen rows, over what the exact PCA at equal rank does: mean, worst."""
+        shares = []
+        for name, basis in load_file(state).items():
+            if basis.shape[0]:
+                q = torch.linalg.qr(basis.double().mT).Q
+                best = self._exact[name][:, : q.shape[1]]
+                unseen = self._unseen[name]
+                shares.append(float((q * (unseen @ q)).sum() / (best * (unseen @ best)).sum()))
+        return statistics.mean(shares), min(shares)
+
+    @staticmethod
+    def _moments(network: torch.nn.Module, names: list[str], batches: list[Any]) -> dict[str, torch.Tensor]:
+        moments, sums, counts = dict.fromkeys(names, 0), dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+        mask = torch.empty(0)
+
+        def look(name: str, inputs: tuple[torch.Tensor, ...]) -> None:
+            rows = inputs[0][mask].double()
+            moments[name] = moments[name] + (rows.mT @ rows).cpu()
+            sums[name] = sums[name] + rows.sum(0).cpu()
+            counts[name] += rows.shape[0]
+
+        handles = [
+            network.get_submodule(n).register_forward_hook(lambda _m, i, _o, name=n: look(name, i)) for n in names
+        ]
+        with torch.no_grad():
+            for batch in batches:
+                mask = batch["attention_mask"].bool()
+                network(**batch)
+        for handle in handles:
+            handle.remove()
+        return {n: moments[n] - torch.outer(sums[n], sums[n]) / counts[n] for n in names}
 
 
 def peak_mb(options: argparse.Namespace) -> float:

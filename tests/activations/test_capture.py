@@ -53,7 +53,9 @@ def test_targets_that_read_one_tensor_share_a_site(tiny_llama):
 def test_rows_are_those_that_reach_the_layer(tiny_llama):
     model = tiny_llama()
     seen = []
-    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _m, args: seen.append(args[0].detach().clone()))
+    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
+        lambda _m, args: seen.append(args[0].detach().clone())
+    )
     with capture_of(model, ["down_proj"]) as capture:
         capture.run(ids())
     rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in seen])
@@ -76,7 +78,9 @@ def test_equal_values_in_different_tensors_are_different_sites():
             return y + self.c(x)
 
     model = Twins()
-    with capture_of(model, forward_fn=lambda m, b: m(b["x"]), prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None) as capture:
+    with capture_of(
+        model, forward_fn=lambda m, b: m(b["x"]), prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None
+    ) as capture:
         capture.run({"x": torch.randn(5, 4)})
     assert [site.names for site in capture.sites] == [["a"], ["b"], ["c"]]
 
@@ -92,7 +96,9 @@ def test_changed_in_place_between_two_layers_is_not_shared():
             x.mul_(2)
             return y + self.b(x)
 
-    with capture_of(InPlace(), forward_fn=lambda m, b: m(b["x"]), prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None) as capture:
+    with capture_of(
+        InPlace(), forward_fn=lambda m, b: m(b["x"]), prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None
+    ) as capture:
         capture.run({"x": torch.randn(5, 4)})
     assert len(capture.sites) == 2
 
@@ -108,7 +114,9 @@ def test_memory_that_is_handed_out_again_is_not_mistaken_for_a_shared_input():
                 x = torch.tanh(layer(x) + 1)  # each input is freed before the next is allocated
             return x
 
-    with capture_of(Reuse(), forward_fn=lambda m, b: m(b["x"]), prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None) as capture:
+    with capture_of(
+        Reuse(), forward_fn=lambda m, b: m(b["x"]), prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None
+    ) as capture:
         for _ in range(3):
             capture.run({"x": torch.randn(8, 64)})
     assert len(capture.sites) == 30
@@ -185,7 +193,12 @@ def test_experts_see_their_tokens_and_may_start_late():
     x = torch.randn(2, 6, 8)
     first = torch.tensor([0] * 8 + [1] * 4)
     second = torch.tensor([2] * 5 + [0] * 7)
-    with capture_of(model, forward_fn=lambda m, b: m(b["x"], b["choice"]), prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None) as capture:
+    with capture_of(
+        model,
+        forward_fn=lambda m, b: m(b["x"], b["choice"]),
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=None,
+    ) as capture:
         capture.run({"x": x, "choice": first})
         capture.run({"x": x + 1, "choice": second})
     rows = {tuple(site.names): site.statistic.rows for site in capture.sites}
@@ -207,7 +220,9 @@ def test_a_target_that_stops_sharing_founds_its_own_site():
         def forward(self, x, apart):
             return self.a(x) + self.b(x * 2 if apart else x)
 
-    with capture_of(Fickle(), forward_fn=lambda m, b: m(**b), prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None) as capture:
+    with capture_of(
+        Fickle(), forward_fn=lambda m, b: m(**b), prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None
+    ) as capture:
         capture.run({"x": torch.randn(5, 4), "apart": False})
         assert [site.names for site in capture.sites] == [["a", "b"]]
         capture.run({"x": torch.randn(5, 4), "apart": True})
@@ -225,12 +240,14 @@ def test_a_module_that_runs_several_times_per_pass_counts_every_time():
                 x = self.block(x)
             return x
 
-    with capture_of(Shared(), forward_fn=lambda m, b: m(**b), prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None) as capture:
+    with capture_of(
+        Shared(), forward_fn=lambda m, b: m(**b), prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None
+    ) as capture:
         capture.run({"x": torch.randn(5, 4)})
     assert capture.sites[0].statistic.rows == 15
 
 
-class Boom(RuntimeError):
+class BoomError(RuntimeError):
     pass
 
 
@@ -247,9 +264,9 @@ def test_defect_18_everything_is_restored_after_an_exception(tiny_llama):
     def explode(model, batch):
         torch.rand(3), np.random.random(3), random.random()
         model(**batch)
-        raise Boom
+        raise BoomError
 
-    with pytest.raises(Boom), capture_of(model, forward_fn=explode) as capture:
+    with pytest.raises(BoomError), capture_of(model, forward_fn=explode) as capture:
         capture.run(ids())
     assert {n: m.training for n, m in model.named_modules()} == flags
     assert {n: (len(m._forward_pre_hooks), len(m._forward_hooks)) for n, m in model.named_modules()} == before
@@ -266,10 +283,10 @@ def test_nothing_is_left_behind_when_entering_fails(tiny_llama):
 
     class NoHooks(nn.Linear):
         def register_forward_pre_hook(self, *_args, **_kwargs):
-            raise Boom
+            raise BoomError
 
     object.__setattr__(capture._targets[3], "module", NoHooks(2, 2))
-    with pytest.raises(Boom):
+    with pytest.raises(BoomError):
         capture.__enter__()
     assert all(m.training for m in model.modules())
     assert not any(m._forward_pre_hooks for m in model.modules())
@@ -339,7 +356,10 @@ def test_defect_04_a_mapping_of_functions_is_only_read(tiny_llama):
 
 @pytest.mark.parametrize("result", [torch.ones(3), [1, 2], None])
 def test_a_custom_function_must_return_rows(tiny_llama, result):
-    with pytest.raises(ArgumentError, match="2-D tensor"), capture_of(tiny_llama(), prepare_layer_inputs_fn=lambda *_: result) as capture:
+    with (
+        pytest.raises(ArgumentError, match="2-D tensor"),
+        capture_of(tiny_llama(), prepare_layer_inputs_fn=lambda *_: result) as capture,
+    ):
         capture.run(ids())
 
 

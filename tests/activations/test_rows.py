@@ -75,7 +75,10 @@ def test_the_two_functions_equal_pefts(seed):
     generator = torch.Generator().manual_seed(seed)
     inputs = batch(labels=torch.where(torch.rand(3, 4, generator=generator) < 0.5, -100, 3))
     config = peft.LoraConfig(init_lora_weights="eva", eva_config=peft.EvaConfig())
-    ours, theirs = (f(inputs, config) for f in (prepare_model_inputs_fn_language_modeling, eva.prepare_model_inputs_fn_language_modeling))
+    ours, theirs = (
+        f(inputs, config)
+        for f in (prepare_model_inputs_fn_language_modeling, eva.prepare_model_inputs_fn_language_modeling)
+    )
     assert torch.equal(ours, theirs)
     x = torch.randn(3, 4, 2, generator=generator)
     ours = prepare_layer_inputs_fn_language_modeling((x,), theirs, "l")
@@ -87,5 +90,5 @@ def test_a_batch_that_is_no_mapping_is_refused():
         token_masks([torch.ones(2, 2)])
     with pytest.raises(ArgumentError, match="neither 'attention_mask' nor 'input_ids'"):
         prepare_model_inputs_fn_language_modeling({"pixel_values": torch.ones(1)}, None)
-    with pytest.raises(ArgumentError, match="layer 'a.b' is a str"):
+    with pytest.raises(ArgumentError, match=r"layer 'a\.b' is a str"):
         prepare_layer_inputs_fn_language_modeling(("text",), torch.zeros(1, 2).long(), "a.b")

@@ -25,7 +25,9 @@ def captured(matrix: np.ndarray, directions: torch.Tensor) -> float:
     return float(np.trace(q.T @ matrix @ q) / best_values(matrix, q.shape[1]).sum())
 
 
-def decaying_rows(n: int, d: int, *, decay: float = 0.5, spike: float = 1.0, offset: float = 0.0, seed: int = 0) -> torch.Tensor:
+def decaying_rows(
+    n: int, d: int, *, decay: float = 0.5, spike: float = 1.0, offset: float = 0.0, seed: int = 0
+) -> torch.Tensor:
     """Rows with singular values ``i^-decay`` in random directions; one direction ``spike`` times larger; a mean."""
     generator = torch.Generator().manual_seed(seed)
     turn = torch.linalg.qr(torch.randn(d, d, generator=generator)).Q

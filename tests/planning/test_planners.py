@@ -60,7 +60,8 @@ def test_budget_and_caps_hold_for_any_request(data):
                 else uniform_ranks(ranks, caps, costs, limits)
             )
         except ConfigError as error:
-            assert "min_rank" in str(error)
+            if "min_rank" not in str(error):
+                raise
             continue
         assert list(got) == list(ranks)
         budget, price = limits.allowance(ranks, costs)
@@ -97,7 +98,7 @@ def test_variance_maximises_the_explained_share_among_all_allocations():
 
 
 def test_equal_shares_go_to_the_first_target_of_a_site():
-    ratios = dict.fromkeys(["q", "k", "v"], [0.5, 0.3, 0.1])
+    ratios = {name: [0.5, 0.3, 0.1] for name in ("q", "k", "v")}
     got = variance_ranks(ratios, dict.fromkeys(ratios, 1), dict.fromkeys(ratios, 1), Limits(budget=4))
     assert list(got.values()) == [2, 1, 1]
 
@@ -122,12 +123,14 @@ def test_allocation_equals_pefts(seed):
     body = source[source.index("    def _get_rank_distribution") : source.index("    # dataloader is not empty")]
     namespace: dict = {"torch": torch, "Counter": __import__("collections").Counter}
     # PEFT keeps the rule inside another function: it is cut out and run as it is.
-    exec("\n".join(line[4:] for line in body.splitlines()), namespace)
+    exec("\n".join(line[4:] for line in body.splitlines()), namespace)  # noqa: S102
     generator = torch.Generator().manual_seed(seed)
     ratios = {n: torch.rand(8, generator=generator).sort(descending=True).values for n in ("a", "b", "c", "d")}
     hooks = {n: (SimpleNamespace(svd=SimpleNamespace(explained_variance_ratio_=r)), None) for n, r in ratios.items()}
     theirs = namespace["_get_rank_distribution"](hooks, {n: n for n in ratios}, {}, 16, dict.fromkeys(ratios, 8))
-    ours = variance_ranks({n: r.tolist() for n, r in ratios.items()}, dict.fromkeys(ratios, 4), dict.fromkeys(ratios, 1))
+    ours = variance_ranks(
+        {n: r.tolist() for n, r in ratios.items()}, dict.fromkeys(ratios, 4), dict.fromkeys(ratios, 1)
+    )
     assert ours == theirs
 
 
@@ -159,7 +162,9 @@ def test_min_rank_above_the_budget_is_refused():
 
 def test_scaling_stays_when_ranks_change():
     for rslora in (False, True):
-        plan = plan_with_alphas({"a": 4, "b": 16, "c": 0}, dict.fromkeys("abc", 8), dict.fromkeys("abc", 32), use_rslora=rslora)
+        plan = plan_with_alphas(
+            {"a": 4, "b": 16, "c": 0}, dict.fromkeys("abc", 8), dict.fromkeys("abc", 32), use_rslora=rslora
+        )
         before = Plan(dict.fromkeys("abc", 8), dict.fromkeys("abc", 32), rslora)
         assert plan.scaling("a") == pytest.approx(before.scaling("a"))
         assert plan.scaling("b") == pytest.approx(before.scaling("b"))

@@ -23,7 +23,7 @@ oracle = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(oracle)
 
 K = 16
-KINDS = {"subspace": lambda d, **kw: SubspacePCA(d, min(K, d), **kw), "gram": lambda d, **kw: GramStatistic(d, **kw)}
+KINDS = {"subspace": lambda d, **kw: SubspacePCA(d, min(K, d), **kw), "gram": GramStatistic}
 
 
 @pytest.fixture(params=KINDS)
@@ -39,7 +39,9 @@ def feed(statistic, rows, batch=300):
     return statistic
 
 
-@pytest.mark.parametrize("data", [dict(decay=0.5), dict(decay=1.0, offset=20.0), dict(decay=0.7, spike=1000.0, offset=5.0)])
+@pytest.mark.parametrize(
+    "data", [dict(decay=0.5), dict(decay=1.0, offset=20.0), dict(decay=0.7, spike=1000.0, offset=5.0)]
+)
 def test_directions_capture_what_the_exact_pca_does(make, data, seed):
     rows = oracle.decaying_rows(9000, 160, seed=seed, **data)
     statistic = feed(make(160), rows)
