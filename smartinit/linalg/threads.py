@@ -1,29 +1,31 @@
-"""One CPU thread for small dense problems."""
+"""Eigenproblems of the size of a sketch, on as many CPU threads as help."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
 import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+_ONE_THREAD_BELOW = 160
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run the block with one intra-op thread, then restore.
+def small_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``torch.linalg.eigh`` that runs small problems on one CPU thread.
 
-    LAPACK's eigensolver on a 48×48 matrix takes five times longer with two threads than with one: the
-    threads spend the time waiting for each other.
+    LAPACK takes five times longer for a 48×48 matrix with two threads than with one: they wait for each other.
+
+    Args:
+        matrix: ``(..., q, q)`` symmetric.
+
+    Returns:
+        Eigenvalues ``(..., q)`` ascending and eigenvectors ``(..., q, q)``.
     """
     threads = torch.get_num_threads()
-    if threads == 1:
-        yield
-        return
+    if threads == 1 or matrix.device.type != "cpu" or matrix.shape[-1] >= _ONE_THREAD_BELOW:
+        values, vectors = torch.linalg.eigh(matrix)
+        return values, vectors
     torch.set_num_threads(1)
     try:
-        yield
+        values, vectors = torch.linalg.eigh(matrix)
     finally:
         torch.set_num_threads(threads)
+    return values, vectors

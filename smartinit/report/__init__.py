@@ -1,0 +1,1 @@
+"""Figures of an artefact; `smartinit.report.figure.plot_artefact` is the way in."""

@@ -11,8 +11,8 @@ _SKINNY_PENALTY = 2.0
 # problems that end a block of the sketch.
 _EIGH_WEIGHT = 50.0
 _BLOCK_FLOPS = 5e7
-# Rows that share one sketch; more would save little and look at convergence too seldom.
-BLOCK_ROWS = 2048
+# Most rows that share one sketch; more would save little and look at convergence too seldom.
+BLOCK_ROWS = 4096
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from smartinit.linalg.threads import one_thread
+from smartinit.linalg.threads import small_eigh
 from smartinit.spectrum import Certificate
 from smartinit.statistics.cost import BLOCK_ROWS
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CHUNK_ROWS = 4096
-_ONE_THREAD_BELOW = 128
 
 
 class GramStatistic:
@@ -230,9 +229,5 @@ class GramStatistic:
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (descending, clamped at 0) and vectors of a symmetric matrix."""
-    if matrix.shape[0] < _ONE_THREAD_BELOW:
-        with one_thread():
-            values, vectors = torch.linalg.eigh(matrix)
-    else:
-        values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = small_eigh(matrix)
     return values.flip(0).clamp_min(0), vectors.flip(1)

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from smartinit.linalg.nystrom import fill_basis, leading_directions, nystrom_step, random_basis
-from smartinit.linalg.threads import one_thread
 from smartinit.spectrum import Certificate
 from smartinit.statistics.cost import BLOCK_ROWS, sketch_width
 from smartinit.statistics.summary import Summary, merge_summaries
@@ -46,7 +45,7 @@ class SubspacePCA:
         features: d.
         components: directions that will be asked for, at most.
         centred: remove the mean.
-        block_rows: rows that share one sketch; a block ends with the batch that reaches it.
+        block_rows: rows that share one sketch, at most; a block ends with the batch that reaches it.
         seed: of the random starting sketch.
         device: where the state lives; rows are expected there.
 
@@ -117,9 +116,11 @@ class SubspacePCA:
             self._buffered += rows.shape[0]
             return
         if self._whole.rows == 0:
-            taken = max(self._warm_up_rows, self.block_rows) - self._buffered
-            _energy(rows.float())  # before anything is kept of them
-            self._warm_up(torch.cat([*self._buffer, rows[:taken].float()]))
+            taken = max(self._warm_up_rows, self.block_rows // 2) - self._buffered
+            if rows.shape[0] > taken:
+                _energy(rows.float())  # all or nothing
+            first = rows[:taken].float()
+            self._warm_up(torch.cat([*self._buffer, first]) if self._buffer else first)
             rows = rows[taken:]
             if not rows.shape[0]:
                 return
@@ -137,7 +138,8 @@ class SubspacePCA:
     @property
     def full(self) -> bool:
         """Whether the pending block has all its rows."""
-        return self._pending_rows >= self.block_rows
+        # A block is as long as all before it: early ones are short, when the estimate still moves much.
+        return self._pending_rows >= min(self.block_rows, max(self._whole.rows, self._warm_up_rows))
 
     def settle(self) -> None:
         """Fold buffered and pending rows into the estimate."""
@@ -284,13 +286,14 @@ class SubspacePCA:
 
     def _warm_up(self, rows: Tensor) -> None:
         """First block: the rows are at hand, so the random sketch is improved by subspace iteration on them."""
-        mean = self._whole.mean
-        if self.centred:
-            shift = rows.mean(0)
-            mean = shift.double() + (rows - shift).mean(0).double()  # float32 twice is as exact as float64, and faster
-        shifted = rows - mean.float()
-        self._scatter = _energy(shifted)
-        basis, values = leading_directions(shifted, self._whole.basis)
+        shift = rows.mean(0) if self.centred else torch.zeros_like(rows[0])
+        shifted = rows - shift
+        energy = _energy(shifted)
+        # Float32 twice is as exact as float64, and faster.
+        gap = shifted.mean(0).double() if self.centred else shift.double()
+        mean = shift.double() + gap
+        self._scatter = max(0.0, energy - rows.shape[0] * float(gap @ gap))
+        basis, values = leading_directions(shifted, self._whole.basis, self._generator)
         self._whole = Summary(rows.shape[0], mean, basis.contiguous(), values)
         self._revive()
         self._halves = [self._whole, Summary(0, mean, basis, torch.zeros_like(values))]
@@ -337,9 +340,8 @@ def _settle_group(group: list[SubspacePCA]) -> None:
         products.append(product + sketch * whole.values.float() + torch.outer(offset.float(), inner))
         sketches.append(sketch)
     stacked = torch.stack(sketches)
-    with one_thread():
-        step = nystrom_step(torch.stack(products), stacked)
-        halves = _half_steps(group, stacked, offsets)
+    step = nystrom_step(torch.stack(products), stacked)
+    halves = _half_steps(group, stacked, offsets)
     for i, s in enumerate(group):
         _finish(s, step, i, offsets[i])
         s._halves[s._blocks % 2] = halves[i]
