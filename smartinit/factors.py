@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 Effect = Literal["keeps", "splits"]
 
@@ -34,3 +33,18 @@ class Factors:
     def delta(self, scaling: float) -> torch.Tensor:
         """``s·B A`` of shape ``(out_features, in_features)``, in ``a``'s dtype."""
         return (self.b @ self.a) * scaling
+
+
+def default_factors(rank: int, in_features: int, out_features: int, *, seed: int) -> Factors:
+    """LoRA's own start (arXiv 2106.09685, sec. 4.1): ``a`` Kaiming-uniform with ``a=√5``, U(±1/√in), ``b`` zeros.
+
+    Args:
+        rank: rows of ``a``.
+        in_features: columns of ``a``.
+        out_features: rows of ``b``.
+        seed: of ``a``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    bound = in_features**-0.5
+    a = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+    return Factors(a=a, b=torch.zeros(out_features, rank))

@@ -24,13 +24,14 @@ from smartinit.artefact import Artefact, LayerSummary
 from smartinit.collect import collect
 from smartinit.config import LoraConfig
 from smartinit.errors import ConfigError, DataError
-from smartinit.factors import Factors
+from smartinit.factors import default_factors
 from smartinit.methods import available_methods
 from smartinit.planning.limits import Limits
 from smartinit.planning.scaling import plan_with_alphas
 from smartinit.planning.uniform import uniform_ranks
 from smartinit.planning.variance import component_limit, variance_ranks
 from smartinit.recipe import Recipe
+from smartinit.spectrum import Certificate
 from smartinit.targets.patterns import alpha_for, rank_for
 from smartinit.targets.select import check_ranks, select_targets
 
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from smartinit.collect import Collected
     from smartinit.methods.base import Method
     from smartinit.planning.plan import Plan
-    from smartinit.spectrum import Certificate, Spectrum
+    from smartinit.spectrum import Spectrum
     from smartinit.targets.weight import Target
 
 Planner = Literal["variance", "uniform"]
@@ -149,23 +150,22 @@ def compute(
     _check_rows(request, site_of)
     spectra = _spectra(initialisation, request, site_of)
     plan = request.plan({name: spectrum.ratios.tolist() for name, spectrum in spectra.items()})
-    factors = {
-        name: initialisation.factors(spectrum, plan.ranks[name], plan.scaling(name))
-        for name, spectrum in spectra.items()
-    }
-    layers = {
-        name: LayerSummary(
-            shape=spectrum.shape,
-            ratios=tuple(spectrum.ratios.tolist()),
-            certificate=_certificate(site_of[name], plan.ranks[name], collected),
-        )
-        for name, spectrum in spectra.items()
-    }
+    factors, layers = {}, {}
+    for target in targets:
+        name, rank = target.name, plan.ranks[target.name]
+        if name in spectra:
+            spectrum = spectra[name]
+            factors[name] = initialisation.factors(spectrum, rank, plan.scaling(name))
+            certificate = _certificate(site_of[name], rank, collected)
+            layers[name] = LayerSummary(spectrum.shape, tuple(spectrum.ratios.tolist()), certificate)
+        else:
+            factors[name] = default_factors(rank, target.in_features, target.out_features, seed=seed)
+            layers[name] = LayerSummary((target.out_features, target.in_features), (), Certificate(rows=0))
     recipe = Recipe(
         method=initialisation.name,
         options=initialisation.options(),
         planner={"name": planner, **request.as_options()},
-        targets=tuple(spectra),
+        targets=tuple(factors),
         sampling={"max_batches": max_batches, "tau": _eva(lora).tau, "skip_bad_batches": skip_bad_batches},
         numerics={"algorithm": "nystrom-1", "state": "float32", "small": "float64"},
         seed=seed,
@@ -243,11 +243,13 @@ class _Request:
 
     def plan(self, ratios: Mapping[str, Sequence[float]]) -> Plan:
         """Final ranks and alphas."""
-        names = list(ratios)
+        ranks = self.ranks(ratios)
+        # A layer that never ran has no share to compete with: what was asked for, unless the budget is explicit.
+        free = self.limits.budget is None and self.limits.params is None
         return plan_with_alphas(
-            self.ranks(ratios),
-            {name: self.asked[name] for name in names},
-            {name: alpha_for(self.config, name) for name in names},
+            {t.name: ranks[t.name] if t.name in ranks else self.asked[t.name] * free for t in self.targets},
+            self.asked,
+            {t.name: alpha_for(self.config, t.name) for t in self.targets},
             use_rslora=self.config.use_rslora,
             adjust=_eva(self.config).adjust_scaling_factors,
         )
@@ -313,7 +315,8 @@ def _check_rows(request: _Request, site_of: Mapping[str, Site]) -> None:
     warnings.warn(
         f"{len(short)} of {len(request.targets)} layers saw too few tokens for their rank "
         f"(the most: {rows} at '{name}'); "
-        "those that never ran start by default, the others with what they saw",
+        "those that never ran start as LoRA does by default (not at all under an explicit budget), the others with "
+        "what they saw",
         stacklevel=3,
     )
 
@@ -360,6 +363,3 @@ def _provenance(model: nn.Module, collected: Collected, extra: Mapping[str, Any]
         },
         **(extra or {}),
     }
-
-
-__all__ = ["Factors", "compute"]
