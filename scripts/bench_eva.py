@@ -214,7 +214,7 @@ def lora_config(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "r": options.rank,
         "lora_alpha": options.rank,
-        "target_modules": r".*(query|key|value|output\.dense|intermediate\.dense|[qkvo]_proj|gate_proj|up_proj|down_proj)",
+        "target_modules": r".*(query|key|value|(output|intermediate)\.dense|[qkvo]_proj|(gate|up|down)_proj)",
         "init_lora_weights": "eva",
         "eva_config": {"rho": options.rho, "tau": 1.0},
     }

@@ -239,7 +239,7 @@ def test_defect_07_a_half_precision_model_loads_one_dtype(
 
 @pytest.mark.parametrize("base", ["residual", "offset"])
 @pytest.mark.parametrize("host", ["native", "peft"])
-def test_applying_is_loading(  # noqa: PLR0917  (parameters and fixtures)
+def test_applying_is_loading(
     host: str, base: str, artefact: si.Artefact, tmp_path: Path, tiny_llama: Callable, tokens: torch.Tensor
 ) -> None:
     model = tiny_llama(num_hidden_layers=8)
@@ -347,7 +347,7 @@ LAYER = "model.layers.1.self_attn.q_proj"
         (["files"], None, ArtefactError, "no digests"),
     ],
 )
-def test_an_edited_record_is_refused(  # noqa: PLR0917  (parameters and fixtures)
+def test_an_edited_record_is_refused(
     place: list[str], value: object, error: type[Exception], message: str, artefact: si.Artefact, tmp_path: Path
 ) -> None:
     artefact.save(tmp_path / "adapter")

@@ -259,7 +259,7 @@ def test_without_targets_every_linear_layer_is_meant(tiny_llama: Callable, batch
         ({}, {"eva_state_dict": {names()[0]: torch.zeros(2, 48)}}, ArtefactError, r"\(2, 48\), but \(2, 32\)"),
     ],
 )
-def test_errors_leave_the_model_alone(  # noqa: PLR0917  (parameters and fixtures)
+def test_errors_leave_the_model_alone(
     host: str,
     options: dict[str, Any],
     arguments: dict[str, Any],

@@ -18,6 +18,8 @@ from smartinit.linalg.threads import small_eigh
 
 # Directions whose value is below this share of the largest are round-off of the fp32 products.
 _RELATIVE_FLOOR = 1e-12
+# The same for M once its diagonal is scaled to ones: what a dot product of d fp32 terms leaves behind.
+_SCALED_FLOOR = 1e-5
 _SAMPLE_ROWS = 512
 
 
@@ -90,8 +92,9 @@ def _inverse_root(small: Tensor) -> Tensor:
     scale = torch.where(alive, diagonal, 1).rsqrt() * alive
     scaled = scale.unsqueeze(-1) * small * scale.unsqueeze(-2)
     values, vectors = small_eigh(scaled)
-    # An eigenvalue near the round-off of fp32 products says: these columns of W see the same direction.
-    alive = values > 1e-9 * values[..., -1:].clamp_min(0)
+    # An eigenvalue near the round-off of fp32 products says: these columns of W see the same direction. Its
+    # inverse root would blow that round-off up.
+    alive = values > _SCALED_FLOOR * values[..., -1:].clamp_min(0)
     root = torch.where(alive, values, 1).rsqrt() * alive
     whitener: Tensor = scale.unsqueeze(-1) * (vectors * root.unsqueeze(-2))
     return whitener

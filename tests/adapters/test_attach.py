@@ -296,7 +296,7 @@ def bad(what: str, seed: int) -> tuple[dict[str, Factors], Plan]:
         ("rslora", ConfigError, "use_rslora=True"),
     ],
 )
-def test_what_does_not_fit_changes_nothing(  # noqa: PLR0917  (parameters and fixtures)
+def test_what_does_not_fit_changes_nothing(
     host: str, what: str, error: type[Exception], message: str, seed: int, tiny_llama: Callable
 ) -> None:
     model = wrapped(host, tiny_llama())
@@ -308,7 +308,7 @@ def test_what_does_not_fit_changes_nothing(  # noqa: PLR0917  (parameters and fi
 
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize(("low_cpu_mem_usage", "step"), [(False, 1), (False, 3), (True, 1), (True, 5)])
-def test_an_error_in_the_middle_of_writing_is_undone(  # noqa: PLR0917  (parameters and fixtures)
+def test_an_error_in_the_middle_of_writing_is_undone(
     host: str, low_cpu_mem_usage: bool, step: int, seed: int, tiny_llama: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = wrapped(host, tiny_llama(dtype=torch.bfloat16), low_cpu_mem_usage=low_cpu_mem_usage)

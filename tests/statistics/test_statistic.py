@@ -160,12 +160,17 @@ def test_degenerate_data_gives_orthonormal_directions_and_zero_values(make):
         statistic.certificate(4)
 
 
-def test_directions_that_appear_late_are_found(make, seed):
+@pytest.mark.parametrize("spike", [1.0, 1000.0])
+def test_directions_that_appear_late_are_found(make, spike, seed):
     generator = torch.Generator().manual_seed(seed)
     early = torch.randn(4000, 3, generator=generator) @ torch.randn(3, 64, generator=generator)
-    late = oracle.decaying_rows(20000, 64, seed=seed)
+    late = oracle.decaying_rows(20000, 64, seed=seed, spike=spike)
     rows = torch.cat([early, late])
-    assert oracle.captured(oracle.scatter(rows), feed(make(64), rows).principal(K)[0]) > 0.99
+    statistic, matrix = feed(make(64), rows), oracle.scatter(rows)
+    directions, values = statistic.principal(K)
+    assert oracle.captured(matrix, directions) > 0.99
+    np.testing.assert_allclose(values[:4].numpy(), oracle.best_values(matrix, 4), rtol=0.1)
+    assert torch.allclose(directions @ directions.mT, torch.eye(K), atol=2e-6)
 
 
 def test_uncentred_keeps_the_mean(seed):
