@@ -105,9 +105,13 @@ def run(request: Request, options: dict[str, Any], output: Output) -> Artefact:
     model = load_weights(opened.model, dtype=options["dtype"], device=options["device"])
     loaded = time.perf_counter()
     check_interrupt()
+    config = request.config
+    if opened.model.causal:
+        # Some trainers refuse a folder that does not say it.
+        config = replace(config, task_type="CAUSAL_LM")
     artefact = compute(
         model,
-        request.config,
+        config,
         opened.batches,
         max_batches=request.max_batches,
         seed=request.sampling.seed,
