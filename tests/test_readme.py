@@ -156,8 +156,10 @@ def numbers(line):
 
 
 def stable(line):
-    """Without what the clock says."""
-    return "seconds" if line.startswith("seconds:") else re.sub(r" \([\d,]+ per second\)", "", line)
+    """Without what the clock says, and without a count that depends on single ranks."""
+    if line.startswith("seconds:"):
+        return "seconds"
+    return re.sub(r" \([\d,]+ per second\)|[\d.]+k adapter", "", line)
 
 
 def test_the_demo_prints_what_the_readme_shows(tmp_path, monkeypatch, capfd, demo_model_folder):
@@ -172,14 +174,13 @@ def test_the_demo_prints_what_the_readme_shows(tmp_path, monkeypatch, capfd, dem
     assert len(printed) == len(shown)
     for was, now in zip(map(stable, shown), map(stable, printed), strict=True):
         assert NUMBER.sub("", now).split() == NUMBER.sub("", was).split()
-        # Ranks and shares of a layer may differ a little on another machine; the totals of ranks and tokens may not.
-        within = 1 if "%" in was or "parameters" in was else 0
+        # Ranks and shares of a layer may differ a little on another machine; the totals may not.
+        within = 1 if "%" in was else 0
         assert numbers(now) == pytest.approx(numbers(was), abs=within), (
             f"{now}: run scripts/make_readme_tables.py --run"
         )
     config = json.loads((tmp_path / "demo-output" / "adapter" / "adapter_config.json").read_text())
-    refused = "refuses a folder whose `task_type` is null" in README
-    assert refused == (config["task_type"] is None), "what the README says of Unsloth"
+    assert config["task_type"] == "CAUSAL_LM", "Unsloth loads no folder without it"
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda text: text.split()[1])
