@@ -46,5 +46,5 @@ def default_factors(rank: int, in_features: int, out_features: int, *, seed: int
     """
     generator = torch.Generator().manual_seed(seed)
     bound = in_features**-0.5
-    a = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
-    return Factors(a=a, b=torch.zeros(out_features, rank))
+    a = torch.empty(rank, in_features, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+    return Factors(a=a, b=torch.zeros(out_features, rank, dtype=torch.float32, device="cpu"))

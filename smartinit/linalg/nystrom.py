@@ -160,7 +160,7 @@ def fill_basis(basis: Tensor, values: Tensor, generator: torch.Generator) -> Ten
     count = int(dead.sum())
     if count == 0:
         return basis
-    fresh = torch.randn(basis.shape[0], count, generator=generator, dtype=torch.float32).to(basis)
+    fresh = torch.randn(basis.shape[0], count, generator=generator, dtype=torch.float32, device="cpu").to(basis)
     living = basis[:, ~dead]
     for _ in range(2):  # twice is enough (Kahan): the second pass removes the round-off of the first
         fresh = fresh - living @ (living.mT @ fresh)
@@ -171,6 +171,7 @@ def fill_basis(basis: Tensor, values: Tensor, generator: torch.Generator) -> Ten
 
 def random_basis(features: int, columns: int, seed: int) -> Tensor:
     """``(features, columns)`` float32 orthonormal columns, uniformly random, equal on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    basis: Tensor = torch.linalg.qr(torch.randn(features, columns, generator=generator)).Q
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = torch.randn(features, columns, generator=generator, dtype=torch.float32, device="cpu")
+    basis: Tensor = torch.linalg.qr(noise).Q
     return basis

@@ -68,7 +68,9 @@ class GramStatistic:
     @property
     def total(self) -> float:
         """Trace of `matrix`."""
-        return max(0.0, float(self.matrix().trace()))
+        total, size = float(self.matrix().trace()), float(self.mean @ self.mean)
+        # What is left of constant rows is the round-off of their mean, and no variance.
+        return total if total > 1e-13 * self.rows * size else 0.0
 
     def matrix(self) -> Tensor:
         """``(d, d)`` float64: ``Σ (x-μ)(x-μ)ᵀ``, or ``Σ x xᵀ`` if not centred."""

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from smartinit.linalg.nystrom import NystromStep
 
 _CHUNK_ROWS = 4096
+# Variance outside the basis, over that of the rows before, from which on rows count as another kind of data.
+_DRIFT = 1.25
+# Squared round-off of a float32 mean, relative to its square.
+_ROUND_OFF = 1e-13
 _WARM_UP_ROWS = 1024
 _WARM_UP_BYTES = 4 << 20
 
@@ -70,6 +74,7 @@ class SubspacePCA:
         self.width = sketch_width(features, self.components)
         self._warm_up_rows = max(2 * self.width, min(_WARM_UP_ROWS, _WARM_UP_BYTES // (4 * features)))
         self._scatter = 0.0
+        self._outside = 0.0  # variance per row outside the basis
         self._blocks = 0
         self._cosines = torch.zeros(self.width, dtype=torch.float64)
         self._residuals = torch.full_like(self._cosines, -1.0)  # negative: not known yet
@@ -124,7 +129,7 @@ class SubspacePCA:
             rows = rows[taken:]
             if not rows.shape[0]:
                 return
-        shifted = rows - self._shift  # one fused cast and subtraction
+        shifted = (rows if rows.dtype != torch.float64 else rows.float()) - self._shift  # one fused cast and subtraction
         energy = _energy(shifted)
         for start in range(0, shifted.shape[0], _CHUNK_ROWS):
             if start and self.full:
@@ -133,7 +138,13 @@ class SubspacePCA:
                 self.update(rows[start:])
                 return
             chunk = shifted[start : start + _CHUNK_ROWS]
-            self._absorb(chunk, energy if chunk.shape[0] == shifted.shape[0] else _energy(chunk))
+            part = energy if chunk.shape[0] == shifted.shape[0] else _energy(chunk)
+            projected = chunk @ self._sketch
+            captured = torch.linalg.vector_norm(projected[:, :-1], dim=0).double().square()
+            if self._has_drifted(chunk.shape[0], part, float(captured.sum())):
+                self._restart(rows[start:], captured, part)
+                return
+            self._absorb(chunk, projected, captured, part)
 
     @property
     def full(self) -> bool:
@@ -232,7 +243,7 @@ class SubspacePCA:
         numbers = [self.features, self.components, self.centred, self.block_rows, self.seed, self._blocks]
         out = {
             "meta": torch.tensor(numbers),
-            "scatter": torch.tensor(self._scatter, dtype=torch.float64),
+            "scatter": torch.tensor([self._scatter, self._outside], dtype=torch.float64),
             "cosines": self._cosines,
             "residuals": self._residuals,
             "unseen": self._unseen,
@@ -254,7 +265,7 @@ class SubspacePCA:
             Summary(int(state[f"{n}.rows"]), *(state[f"{n}.{part}"].clone() for part in ("mean", "basis", "values")))
             for n in ("whole", "first", "second")
         )
-        new._scatter, new._blocks = float(state["scatter"]), blocks
+        (new._scatter, new._outside), new._blocks = state["scatter"].tolist(), blocks
         new._cosines, new._residuals, new._unseen = (state[n].clone() for n in ("cosines", "residuals", "unseen"))
         new._clear_pending()
         return new
@@ -275,10 +286,40 @@ class SubspacePCA:
         self._product = torch.zeros_like(self._sketch.mT).contiguous()  # (q+1, d): the faster way round
         self._projected = basis.new_zeros(self.width, dtype=torch.float64)
 
-    def _absorb(self, shifted: Tensor, energy: float) -> None:
+    def _has_drifted(self, rows: int, energy: float, captured: float) -> bool:
+        """Whether clearly more of these rows than of those before lies outside the basis.
+
+        A block sees the data through its basis alone: a direction that is new, as at the border of two sorted
+        domains, would never enter.
+        """
+        outside = (energy - captured) / rows
+        return rows >= 2 * self.width and outside > _DRIFT * self._outside + 1e-5 * energy / rows
+
+    def _restart(self, rows: Tensor, captured: Tensor, energy: float) -> None:
+        """Summarise the rows at hand by themselves, as at the start, and merge: exact for what either knows."""
+        taken = min(rows.shape[0], _CHUNK_ROWS)
+        settle_all([self])
+        blocks = self._blocks
+        fresh = SubspacePCA(
+            self.features,
+            self.components,
+            centred=self.centred,
+            block_rows=self.block_rows,
+            seed=self.seed + self._whole.rows,
+            device=self._whole.basis.device,
+        )
+        fresh._warm_up(rows[:taken].float())
+        if blocks % 2:
+            fresh._halves.reverse()
+        self._score_unseen(captured, taken, energy)
+        self.merge(fresh)
+        self._outside = fresh._outside
+        if rows.shape[0] > taken:
+            self.update(rows[taken:])
+
+    def _absorb(self, shifted: Tensor, projected: Tensor, captured: Tensor, energy: float) -> None:
         """Add rows, already shifted by the running mean, to the pending block."""
-        projected = shifted @ self._sketch
-        self._projected += torch.linalg.vector_norm(projected[:, :-1], dim=0).double().square()
+        self._projected += captured
         projected[:, -1] = 1
         self._product.addmm_(projected.mT, shifted)
         self._pending_rows += shifted.shape[0]
@@ -292,18 +333,23 @@ class SubspacePCA:
         # Float32 twice is as exact as float64, and faster.
         gap = shifted.mean(0).double() if self.centred else shift.double()
         mean = shift.double() + gap
-        self._scatter = max(0.0, energy - rows.shape[0] * float(gap @ gap))
+        scatter = energy - rows.shape[0] * float(gap @ gap)
+        self._scatter = _without_round_off(scatter, rows.shape[0], mean)
+        if self._scatter == 0.0:
+            shifted = torch.zeros_like(shifted)
         basis, values = leading_directions(shifted, self._whole.basis, self._generator)
         self._whole = Summary(rows.shape[0], mean, basis.contiguous(), values)
         self._revive()
         self._halves = [self._whole, Summary(0, mean, basis, torch.zeros_like(values))]
+        self._outside = max(0.0, self._scatter - float(values.sum())) / rows.shape[0]
         self._blocks = 1
         self._buffer, self._buffered = [], 0
         self._clear_pending()
 
-    def _score_unseen(self, rows: int, energy: float) -> None:
+    def _score_unseen(self, captured: Tensor, rows: int, energy: float) -> None:
         """Keep what the basis captured of the block before it had seen it; a short block joins the one before."""
-        scores = torch.cat([self._projected.cumsum(0).cpu(), torch.tensor([energy], dtype=torch.float64)])
+        self._outside = max(0.0, energy - float(captured.sum())) / rows
+        scores = torch.cat([captured.cumsum(0).cpu(), torch.tensor([energy], dtype=torch.float64)])
         self._unseen = self._unseen + scores if 2 * rows < self.block_rows else scores
 
     def _revive(self) -> None:
@@ -362,9 +408,12 @@ def _finish(s: SubspacePCA, step: NystromStep, i: int, offset: Tensor) -> None:
     inside = small.square().cumsum(0).cumsum(1).diagonal()
     s._residuals = ((size - inside).clamp_min(0) / size.clamp_min(1e-300)).sqrt().cpu()
     s._cosines = step.overlap[i].diagonal().abs().cpu()
-    s._score_unseen(rows, block_energy)
+    s._score_unseen(s._projected, rows, block_energy)
     moved = s._shift.double() - whole.mean + offset  # the shift is the mean rounded to float32
-    s._whole = Summary(together, whole.mean + moved * (rows / together), step.basis[i].contiguous(), step.values[i])
+    mean = whole.mean + moved * (rows / together)
+    s._scatter = _without_round_off(s._scatter, together, mean)
+    values = step.values[i] * min(1.0, s._scatter / max(float(step.values[i].sum()), 1e-300))
+    s._whole = Summary(together, mean, step.basis[i].contiguous() * (values > 0), values)
     s._revive()
 
 
@@ -383,6 +432,11 @@ def _half_steps(group: list[SubspacePCA], sketches: Tensor, offsets: list[Tensor
         products.append(product)
     step = nystrom_step(torch.stack(products), sketches)
     return [Summary(counts[i], means[i], step.basis[i].contiguous(), step.values[i]) for i in range(len(group))]
+
+
+def _without_round_off(scatter: float, rows: int, mean: Tensor) -> float:
+    """0 for what is left of constant rows: the round-off of their mean, and no variance."""
+    return scatter if scatter > _ROUND_OFF * rows * float(mean @ mean) else 0.0
 
 
 def _fit(values: Tensor, width: int) -> Tensor:
