@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from smartinit.statistics.base import Statistic
 
 _NO_BATCH = object()
+_MOST_BATCHES = 10_000
 
 
 @dataclass
@@ -84,7 +85,8 @@ def collect(
             and opened again when that grows.
         tau: see `Statistic.settled`.
         centred: remove means.
-        max_batches: bound on forward passes; None: one pass over the data.
+        max_batches: bound on forward passes; None: one pass over the data, of a stream without a length at most
+            10,000 batches.
         seed: of the random sketches.
         merge_ranks: with several ranks, merge their statistics at the end.
         show_progress_bar: tqdm on stderr, on the first rank only.
@@ -94,7 +96,7 @@ def collect(
         DataError: no batch at all, or none that was usable.
         NonFiniteError: see `Capture.run`.
     """
-    if isinstance(batches, Sized) and len(batches) == 0:
+    if _length(batches) == 0:
         msg = "the dataloader is empty: it has no batch to compute activations from"
         raise DataError(msg)
 
@@ -114,13 +116,16 @@ def collect(
         unit="batch",
         disable=not (show_progress_bar and is_first_rank()),
     )
+    names = [target.name for target in targets]
     with capture, progress:
-        for batch in ranks.together(islice(batches, max_batches)):
-            if capture.run(batch):
-                _close_settled(capture.sites, demand, tau)
-            ranks.agree_on_open(capture.sites)
+        for batch in ranks.together(islice(batches, _bound(batches, max_batches))):
+            with ranks.failing_together():
+                if capture.run(batch):
+                    with torch.autocast(device.type, enabled=False):
+                        _close_settled(capture.sites, demand, tau)
+            needed = ranks.agree_on_open(capture.sites, names)
             _show(progress, capture, start)
-            if capture.sites and not any(site.open for site in capture.sites):
+            if not needed:
                 break
     collected = Collected(
         sites=capture.sites,
@@ -129,18 +134,23 @@ def collect(
         bad_batches=capture.bad_batches,
         settled={site.names[0] for site in capture.sites if not site.open},
     )
-    _check_usable(collected, capture.passes)
-    settle_full([site.statistic for site in collected.sites], everything=True)
+    with ranks.failing_together():
+        _check_usable(collected, capture.passes)
+    with torch.autocast(device.type, enabled=False):
+        settle_full([site.statistic for site in collected.sites], everything=True)
     if ranks.exchange:
-        names = [",".join(site.names) for site in collected.sites]
-        merge_over_ranks([site.statistic for site in collected.sites], names, device)
+        ordered = sorted(collected.sites, key=lambda site: names.index(site.names[0]))
+        merge_over_ranks([site.statistic for site in ordered], [",".join(site.names) for site in ordered], device)
     collected.seconds = time.perf_counter() - start
     return collected
 
 
 @dataclass(frozen=True)
 class _Ranks:
-    """Keeps the ranks of a data-parallel run in step, so that none waits for another for ever."""
+    """Keeps the ranks of a data-parallel run in step, so that none waits for another for ever.
+
+    What is exchanged per pass has one length on all ranks: one flag per target, whatever sites a rank has seen.
+    """
 
     device: torch.device
     exchange: bool
@@ -155,11 +165,34 @@ class _Ranks:
                 return
             yield batch
 
-    def agree_on_open(self, sites: Sequence[Site]) -> None:
-        """A site stays open while any rank needs it: all ranks end their passes at the same layer."""
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """If the block fails on one rank, it fails on all: the others must not wait in the next exchange.
+
+        Raises:
+            DataError: on the ranks that did not fail themselves.
+        """
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            elsewhere = self.exchange and any_rank([failed], self.device)[0] and not failed
+        if elsewhere:
+            raise DataError("another rank failed; its message says why")
+
+    def agree_on_open(self, sites: Sequence[Site], names: Sequence[str]) -> bool:
+        """A site stays open while any rank needs it: all ranks end their passes at the same layer.
+
+        Returns:
+            Whether any target needs more data; one that has not run yet does.
+        """
+        is_open = dict.fromkeys(names, True) | {name: site.open for site in sites for name in site.names}
         if self.exchange:
-            for site, is_open in zip(sites, any_rank([site.open for site in sites], self.device), strict=True):
-                site.open = is_open
+            is_open = dict(zip(names, any_rank([is_open[name] for name in names], self.device), strict=True))
+            for site in sites:
+                site.open = any(is_open[name] for name in site.names)
+        return any(is_open.values())
 
 
 def _close_settled(sites: Sequence[Site], demand: Demand, tau: float) -> None:
@@ -170,10 +203,22 @@ def _close_settled(sites: Sequence[Site], demand: Demand, tau: float) -> None:
         site.open = not site.statistic.settled(tau, max(needed.get(name, 0) for name in site.names))
 
 
+def _length(batches: Iterable[Any]) -> int | None:
+    """Number of batches where it is known: a `DataLoader` of a stream has ``__len__``, which raises."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _bound(batches: Iterable[Any], max_batches: int | None) -> int | None:
+    """Most passes: as asked, or the data's own length; a stream of unknown length may have no end."""
+    return _MOST_BATCHES if max_batches is None and _length(batches) is None else max_batches
+
+
 def _expected(batches: Iterable[Any], max_batches: int | None) -> int | None:
-    known = len(batches) if isinstance(batches, Sized) else math.inf
-    bound = min(known, math.inf if max_batches is None else max_batches)
-    return None if math.isinf(bound) else int(bound)
+    bounds = [bound for bound in (_length(batches), max_batches) if bound is not None]
+    return min(bounds, default=None)
 
 
 def _show(bar: tqdm[Any], capture: Capture, start: float) -> None:
@@ -189,6 +234,9 @@ def _check_usable(collected: Collected, passes: int) -> None:
         raise DataError(msg)
     if not collected.batches:
         msg = f"all {passes} batches hold NaN or Inf in some layer's input; check the data and the model's weights"
+        raise DataError(msg)
+    if not collected.sites:
+        msg = f"no target layer ran in {passes} batches; check forward_fn and target_modules"
         raise DataError(msg)
     if not any(site.statistic.rows for site in collected.sites):
         msg = f"no token counts in any of {passes} batches: every one is padding or masked out by the labels"

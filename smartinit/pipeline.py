@@ -6,6 +6,7 @@ import math
 import platform
 import time
 import warnings
+import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -124,9 +125,11 @@ def compute(
         raise ConfigError(f"max_batches={max_batches}: expected at least 1")
     if dataloader is None:
         raise ConfigError(f"the method '{initialisation.name}' needs activations: pass a dataloader")
-    targets = select_targets(model, lora, none_means=none_means)
+    wrapped = adapter_name if hasattr(model, "peft_config") else None
+    targets = select_targets(model, lora, none_means=none_means, adapter_name=wrapped)
     check_ranks(targets, lora)
     request = _Request(targets, lora, planner, limits)
+    request.check()
     collected = collect(
         model,
         targets,
@@ -159,7 +162,8 @@ def compute(
             certificate = _certificate(site_of[name], rank, collected)
             layers[name] = LayerSummary(spectrum.shape, tuple(spectrum.ratios.tolist()), certificate)
         else:
-            factors[name] = default_factors(rank, target.in_features, target.out_features, seed=seed)
+            own_seed = seed + zlib.crc32(name.encode())  # layers of one shape must not start alike
+            factors[name] = default_factors(rank, target.in_features, target.out_features, seed=own_seed)
             layers[name] = LayerSummary((target.out_features, target.in_features), (), Certificate(rows=0))
     recipe = Recipe(
         method=initialisation.name,
@@ -226,6 +230,24 @@ class _Request:
             most[family[name]] = max(count, most.get(family[name], 0))
         return {name: most[key] for name, key in family.items()}
 
+    def candidates_at(self, site: Site) -> dict[str, int]:
+        """Target -> directions with which it competes at a site: all with as many as the most, as in PEFT."""
+        most = max(self.candidates[name] for name in site.names)
+        return {name: min(most, self.caps[name], self.limits.max_rank or most) for name in site.names}
+
+    def check(self) -> None:
+        """Refuse bounds that cannot be kept before any data is read.
+
+        Raises:
+            ConfigError: see `variance_ranks`; or no layer would get any rank.
+        """
+        shares = {name: [2.0**-i for i in range(count)] for name, count in self.candidates.items()}
+        if not sum(self.ranks(shares).values()):
+            raise ConfigError(
+                "no layer would get any rank: the budget, or the ranks asked for, are below one step of "
+                f"{self.limits.multiple_of} ranks; raise budget, params or r, or lower rank_multiple_of"
+            )
+
     def ranks(self, ratios: Mapping[str, Sequence[float]]) -> dict[str, int]:
         """Ranks for the targets in ``ratios``."""
         asked = {name: self.asked[name] for name in ratios}
@@ -236,8 +258,11 @@ class _Request:
 
     def demand(self, sites: Sequence[Site]) -> dict[str, int]:
         """How many directions each target would get if the data ended now."""
-        candidates = self.candidates
-        shares = {name: site.statistic.explained(candidates[name]).tolist() for site in sites for name in site.names}
+        shares = {
+            name: site.statistic.explained(count).tolist()
+            for site in sites
+            for name, count in self.candidates_at(site).items()
+        }
         order = [t.name for t in self.targets if t.name in shares]
         return self.ranks({name: shares[name] for name in order})
 
@@ -247,7 +272,7 @@ class _Request:
         # A layer that never ran has no share to compete with: what was asked for, unless the budget is explicit.
         free = self.limits.budget is None and self.limits.params is None
         return plan_with_alphas(
-            {t.name: ranks[t.name] if t.name in ranks else self.asked[t.name] * free for t in self.targets},
+            {n: ranks[n] if n in ranks else self.limits.ceiling(self.asked[n]) * free for n in self.asked},
             self.asked,
             {t.name: alpha_for(self.config, t.name) for t in self.targets},
             use_rslora=self.config.use_rslora,
@@ -331,9 +356,10 @@ def _spectra(method: Method, request: _Request, site_of: Mapping[str, Site]) -> 
             continue
         shape = (target.out_features, target.in_features)
         if id(site) not in by_site:
-            limit = max(request.candidates[name] for name in site.names)
+            limit = max(request.candidates_at(site).values())
             by_site[id(site)] = method.spectrum(None, site.statistic, limit, shape)
-        out[target.name] = replace(by_site[id(site)].truncate(request.candidates[target.name]), shape=shape)
+        count = request.candidates_at(site)[target.name]
+        out[target.name] = replace(by_site[id(site)].truncate(count), shape=shape)
     return out
 
 

@@ -152,7 +152,7 @@ def test_redistribution_keeps_budget_and_scaling(tiny_llama):
 
 
 def test_rank_pattern_and_alpha_pattern_reach_the_plan(tiny_llama):
-    pattern = {r"^model\.layers\.0\.mlp\.down_proj$": 8, "q_proj": 2}
+    pattern = {r"^model\.layers\.0\.mlp\.down_proj$": 8, "o_proj": 2}
     artefact = compute(
         tiny_llama(),
         config(rank_pattern=pattern, alpha_pattern={"o_proj": 16}, eva={"rho": 1.0}),
@@ -162,9 +162,9 @@ def test_rank_pattern_and_alpha_pattern_reach_the_plan(tiny_llama):
     ranks = artefact.plan.ranks
     assert ranks["model.layers.0.mlp.down_proj"] == 8
     assert ranks["model.layers.1.mlp.down_proj"] == 4
-    assert ranks["model.layers.1.self_attn.q_proj"] == 2
+    assert ranks["model.layers.1.self_attn.o_proj"] == 2
     assert ranks["model.layers.1.self_attn.k_proj"] == 4
-    assert artefact.plan.scaling("model.layers.0.self_attn.o_proj") == 4.0
+    assert artefact.plan.scaling("model.layers.0.self_attn.o_proj") == 8.0
 
 
 def test_rho_one_gives_the_same_rank_everywhere(tiny_llama):
@@ -452,3 +452,136 @@ def test_artefact_is_a_peft_folder_that_changes_no_output(tiny_llama, tmp_path):
     }
     assert ranks == {name: rank for name, rank in artefact.plan.ranks.items() if rank}
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["init_lora_weights"] is True
+
+
+class TestHosts:
+    """What a model may be and how it may be run."""
+
+    def test_autocast_does_not_reach_the_statistics(self, tiny_llama):
+        model = tiny_llama(hidden_size=256, num_attention_heads=4)
+        data = batches(count=8, size=8, length=40)
+
+        def state(**options):
+            return si.get_eva_state_dict(model, data, config(eva={"rho": 1.0}), **options, **SETTINGS)
+
+        plain = state()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = state()
+        assert inside.keys() == plain.keys()
+        for name, basis in inside.items():
+            assert torch.allclose(basis @ basis.mT, torch.eye(4), atol=1e-5), name
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+    def test_other_precisions(self, tiny_llama, dtype):
+        model = tiny_llama(hidden_size=256, num_attention_heads=4, dtype=dtype)
+        state = si.get_eva_state_dict(model, batches(count=8, size=8, length=40), config(), **SETTINGS)
+        assert {t.dtype for t in state.values()} == {torch.float32}
+
+    def test_another_default_dtype(self, tiny_llama):
+        model = tiny_llama(hidden_size=256, num_attention_heads=4)
+        torch.set_default_dtype(torch.float64)
+        try:
+            state = si.get_eva_state_dict(model, batches(count=8, size=8, length=40), config(), **SETTINGS)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert {t.dtype for t in state.values()} == {torch.float32}
+
+    def test_a_loader_of_a_stream(self, tiny_llama):
+        class Stream(torch.utils.data.IterableDataset):
+            def __iter__(self):
+                yield from batches()
+
+        loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
+        assert compute(tiny_llama(), config(), loader, **SETTINGS).provenance["batches"] == 6
+
+    def test_compiled_layers_are_seen(self, tiny_llama):
+        model = tiny_llama()
+        for layer in model.model.layers:
+            layer.compile(backend="eager")
+        with torch.no_grad():
+            model(**batches(1)[0])
+        plain = compute(tiny_llama(), config(), batches(), **SETTINGS)
+        assert compute(model, config(), batches(), **SETTINGS).plan == plain.plan
+
+    def test_a_frozen_adapter_stays_frozen_and_a_merged_one_is_refused(self, tiny_llama):
+        peft = pytest.importorskip("peft")
+        eva = peft.LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="eva", eva_config=peft.EvaConfig()
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = peft.get_peft_model(tiny_llama(), eva)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("layers.0" in name and "lora_A" in name)
+        before = {name: p.requires_grad for name, p in model.named_parameters()}
+        si.get_eva_state_dict(model, batches(), **SETTINGS)
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+        model.merge_adapter()
+        weights = {name: p.clone() for name, p in model.named_parameters()}
+        with pytest.raises(ValueError, match="is merged into its base layer; unmerge it first"):
+            si.get_eva_state_dict(model, batches(), **SETTINGS)
+        assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
+
+    def test_the_adapter_that_is_named_is_the_one(self, tiny_llama):
+        peft = pytest.importorskip("peft")
+
+        def eva(modules):
+            return peft.LoraConfig(r=4, target_modules=modules, init_lora_weights="eva", eva_config=peft.EvaConfig())
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = peft.get_peft_model(tiny_llama(), eva(["q_proj"]), adapter_name="a")
+            model.add_adapter("b", eva(["v_proj", "up_proj"]))
+        model.set_adapter("b")
+        state = si.get_eva_state_dict(model, batches(), adapter_name="b", **SETTINGS)
+        assert {name.rpartition(".")[2] for name in state} == {"v_proj", "up_proj"}
+        si.initialize_lora_eva_weights(model, eva_state_dict=state, adapter_name="b")
+
+    def test_encoder_and_decoder_count_their_own_tokens(self):
+        transformers = pytest.importorskip("transformers")
+        shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 64}
+        model = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(**shape, decoder_start_token_id=0, pad_token_id=0)
+        ).eval()
+        data = batches(count=2)
+        for batch in data:  # as long as the inputs, so that the shape does not tell
+            batch["labels"] = torch.where(torch.arange(16) < 10, batch["input_ids"], -100)
+        artefact = compute(
+            model, config(r=2, lora_alpha=2, target_modules=["q", "k", "v", "o", "wi", "wo"]), data, **SETTINGS
+        )
+        rows = {name: layer.certificate.rows for name, layer in artefact.layers.items()}
+        encoder, decoder = 2 * (4 * 16 - 8), 2 * 4 * 10
+        assert rows["encoder.block.0.layer.0.SelfAttention.q"] == encoder
+        assert rows["decoder.block.0.layer.0.SelfAttention.q"] == decoder
+        assert rows["decoder.block.0.layer.1.EncDecAttention.k"] == encoder
+        assert rows["decoder.block.0.layer.1.EncDecAttention.q"] == decoder
+
+    def test_a_constant_input_gets_no_rank(self):
+        class Constant(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.prompt = nn.Parameter(torch.randn(1, 512) * 7)
+                self.a, self.b = nn.Linear(512, 64), nn.Linear(512, 64)
+
+            def forward(self, x):
+                return self.a(x) + self.b(self.prompt.expand(x.shape[0], -1) * 1)
+
+        torch.manual_seed(0)
+        for data in ([torch.randn(1500, 512) for _ in range(6)], [torch.randn(40, 512) for _ in range(3)]):
+            artefact = compute(
+                Constant(),
+                config(r=8, lora_alpha=8, target_modules=["a", "b"]),
+                data,
+                forward_fn=lambda m, x: m(x),
+                prepare_model_inputs_fn=None,
+                prepare_layer_inputs_fn=None,
+                **SETTINGS,
+            )
+            assert artefact.plan.ranks == {"a": 16, "b": 0}
+
+    @pytest.mark.parametrize("options", [dict(rank_multiple_of=32), dict(params=10), dict(min_rank=4, budget=20)])
+    def test_bounds_that_cannot_be_kept_are_refused_before_any_pass(self, tiny_llama, options):
+        model = tiny_llama()
+        model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+        with pytest.raises(ConfigError, match="no layer would get any rank|above the budget"):
+            compute(model, config(), batches(), **options, **SETTINGS)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from smartinit.activations.forward import move_to_device, trunk_below_head, without_cache
+from smartinit.activations.forward import move_to_device, trunk_below_head, unwrap, without_cache
 from smartinit.activations.rows import (
     RowFilter,
     flatten_rows,
@@ -22,9 +22,9 @@ from smartinit.activations.rows import (
     prepare_model_inputs_fn_language_modeling,
     token_masks,
 )
-from smartinit.activations.selection import row_selectors
+from smartinit.activations.selection import reads_decoder, row_selectors
 from smartinit.activations.sites import Site, TensorIdentity
-from smartinit.activations.state import evaluation_mode, model_device, preserved_rng
+from smartinit.activations.state import evaluation_mode, model_device, preserved_rng, refuse_merged, trainable_flags
 from smartinit.errors import ArgumentError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ class Capture:
         self._skip_bad_batches = skip_bad_batches
         self._selectors = row_selectors(self._targets, prepare_layer_inputs_fn, prepare_model_inputs_fn)
         self._default_forward = forward_fn is forward_fn_dict
+        self._encoder_decoder = bool(getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False))
         self._site_of: dict[str, Site] = {}
         self._position: dict[str, int] = {}
         self._irregular: set[str] = set()
@@ -112,8 +113,12 @@ class Capture:
             stack.enter_context(preserved_rng(self._model))
             stack.enter_context(evaluation_mode(self._model))
             stack.enter_context(torch.no_grad())
+            # Compiled submodules would run past our hooks.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(trainable_flags(self._model))
             disable_adapter = getattr(self._model, "disable_adapter", None)
             if callable(disable_adapter) and hasattr(self._model, "peft_config"):
+                refuse_merged(self._model)
                 stack.enter_context(disable_adapter())
             for target in self._targets:
                 hook = partial(self._observe, target)
@@ -143,7 +148,7 @@ class Capture:
         batch = batch if device is None else move_to_device(batch, device)
         self._begin_pass(batch)
         self._stop_at = self._last_needed()
-        before = [copy.deepcopy(site.statistic) for site in self.sites] if self._skip_bad_batches else []
+        before = [copy.deepcopy(site) for site in self.sites] if self._skip_bad_batches else []
         complete = False
         try:
             self._forward_fn(self._model, without_cache(self._model, batch) if self._default_forward else batch)
@@ -171,13 +176,16 @@ class Capture:
         self._born: set[int] = set()
         self._custom_rows: dict[int, Tensor] = {}
         self._prepared: Any = None
-        self._filter = RowFilter([])
+        self._filter = self._decoder_filter = RowFilter([])
         if batch is None:
             return
         if self._prepare_model_inputs_fn is prepare_model_inputs_fn_language_modeling:
-            self._filter = RowFilter(token_masks(batch, **label_mask_options(self._config)))
-        if any(callable(selector) for selector in self._selectors.values()):
-            prepare = self._prepare_model_inputs_fn
+            masks = token_masks(batch, encoder_decoder=self._encoder_decoder, **label_mask_options(self._config))
+            self._filter = RowFilter(masks)
+            self._decoder_filter = RowFilter(masks[::-1]) if self._encoder_decoder else self._filter
+        prepare = self._prepare_model_inputs_fn
+        custom = prepare is not prepare_model_inputs_fn_language_modeling
+        if custom or any(callable(selector) for selector in self._selectors.values()):
             self._prepared = batch if prepare is None else prepare(batch, self._config)
 
     def _observe(self, target: HookTarget, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -235,7 +243,8 @@ class Capture:
         if selector is None:
             return flatten_rows(layer_tensor(given, target.path))
         if not callable(selector):
-            return self._filter(layer_tensor(given, target.path))
+            rows_of = self._decoder_filter if reads_decoder(target.path) else self._filter
+            return rows_of(layer_tensor(given, target.path))
         rows: object = selector(given, self._prepared, target.path)
         if isinstance(rows, Tensor) and rows.ndim == 2:  # noqa: PLR2004 - the contract
             return rows
@@ -251,7 +260,8 @@ class Capture:
         if rows.shape[0] == 0:
             return
         try:
-            site.statistic.update(rows)
+            with torch.autocast(rows.device.type, enabled=False):  # the model's own precision is not ours
+                site.statistic.update(rows)
         except FloatingPointError:
             raise NonFiniteError(target.path, self.passes) from None
 
@@ -270,19 +280,16 @@ class Capture:
         """The target at which a pass can end; None when it must run on."""
         if not self._default_forward or not self.passes or len(self._site_of) < len(self._targets):
             return None
-        leaders = [site.names[0] for site in self.sites if site.open]
-        if not leaders or self._irregular.intersection(leaders):
+        # Followers too: one that stops reading what its site reads must be seen.
+        needed = [name for site in self.sites if site.open for name in site.names]
+        if not needed or self._irregular.intersection(needed):
             return None
-        return max(leaders, key=self._position.__getitem__)
+        return max(needed, key=self._position.__getitem__)
 
-    def _roll_back(self, before: list[Statistic]) -> None:
-        """Undo a pass: statistics as before it, sites that it founded or changed forgotten."""
-        kept = self.sites[: len(before)]
-        for site, statistic in zip(kept, before, strict=True):
-            site.statistic = statistic
-        gone = {id(site) for site in self.sites[len(before) :]}
-        self.sites = kept
-        self._site_of = {name: site for name, site in self._site_of.items() if id(site) not in gone}
+    def _roll_back(self, before: list[Site]) -> None:
+        """Undo a pass: sites and their statistics as before it, those that it founded forgotten."""
+        self.sites = before
+        self._site_of = {name: site for site in before for name in site.names}
 
 
 def _complete(*_arguments: object) -> None:

@@ -51,7 +51,9 @@ def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Ten
         ``(rows, features)``.
     """
     tensor = layer_tensor(layer_input, layer_name)
-    if tensor.ndim <= 2 or tensor.shape[0] <= int(model_input[:, 0].max()):  # noqa: PLR2004 - (batch, tokens, features)
+    if tensor.ndim > 2 and not model_input.numel():  # noqa: PLR2004 - (batch, tokens, features)
+        return flatten_rows(tensor)[:0]
+    if tensor.ndim <= 2 or tensor.shape[0] <= int(model_input[:, 0].max()):  # noqa: PLR2004
         return flatten_rows(tensor)
     return tensor[model_input.T.unbind()]
 
@@ -70,10 +72,11 @@ def token_masks(
     *,
     use_label_mask: bool = True,
     label_mask_value: int = -100,
+    encoder_decoder: bool = False,
 ) -> list[Tensor]:
     """Boolean ``(batch, tokens)`` masks of a batch: attended ∧ (labels ≠ value), unshifted.
 
-    The encoder's and the decoder's masks of a sequence-to-sequence batch differ in shape; each is returned.
+    Of a sequence-to-sequence batch the encoder's mask comes first and the decoder's, from the labels, second.
 
     Raises:
         ArgumentError: the batch is no mapping.
@@ -94,7 +97,8 @@ def token_masks(
     labels = model_input.get("labels")
     if use_label_mask and isinstance(labels, Tensor) and labels.ndim == 2:  # noqa: PLR2004
         counted = labels != label_mask_value
-        same = [i for i, mask in enumerate(masks) if mask.shape == counted.shape]
+        first = 1 if encoder_decoder else 0
+        same = [i for i, mask in enumerate(masks) if i >= first and mask.shape == counted.shape]
         for i in same:
             masks[i] = masks[i] & counted.to(masks[i].device)
         if not same:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     )
 
 
+_CROSS_ATTENTION = frozenset({"EncDecAttention", "encoder_attn", "crossattention", "cross_attn"})
+_KEYS_AND_VALUES = frozenset({"k", "v", "k_proj", "v_proj", "key", "value"})
+
+
 class HookTarget(Protocol):
     """What capture needs to know of a target."""
 
@@ -75,3 +79,14 @@ def row_selectors(
 
 class UnknownMappingKeyError(UnknownNameError, ValueError):
     """A mapping with a module name that is no target (PEFT raises ValueError here)."""
+
+
+def reads_decoder(path: str) -> bool:
+    """Whether a target of an encoder-decoder model reads the decoder's tokens, by the names that such models use.
+
+    Only asked where both sequences have one length, so that the shape does not tell. Keys and values of
+    cross-attention read the encoder's.
+    """
+    parts = path.split(".")
+    crosses = any(part in _CROSS_ATTENTION for part in parts) and parts[-1] in _KEYS_AND_VALUES
+    return "decoder" in parts and not crosses

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+from smartinit.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,6 +40,33 @@ def preserved_rng(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@contextmanager
+def trainable_flags(model: nn.Module) -> Iterator[None]:
+    """Every parameter's ``requires_grad`` as it was, after the block: PEFT sets it when adapters are switched."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+
+
+def refuse_merged(model: nn.Module) -> None:
+    """Switching adapters off would unmerge them, which changes the base weights by round-off.
+
+    Raises:
+        ModelError: an adapter is merged.
+    """
+    for name, module in model.named_modules():
+        merged: Any = getattr(module, "merged", False) if hasattr(module, "base_layer") else False
+        if merged is True:
+            raise ModelError(
+                f"the adapter in '{name}' is merged into its base layer; unmerge it first (model.unmerge_adapter()), "
+                "so that the activations are the base model's"
+            )
 
 
 def model_device(model: nn.Module) -> torch.device | None:

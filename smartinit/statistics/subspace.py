@@ -129,7 +129,9 @@ class SubspacePCA:
             rows = rows[taken:]
             if not rows.shape[0]:
                 return
-        shifted = (rows if rows.dtype != torch.float64 else rows.float()) - self._shift  # one fused cast and subtraction
+        shifted = (
+            rows if rows.dtype != torch.float64 else rows.float()
+        ) - self._shift  # one fused cast and subtraction
         energy = _energy(shifted)
         for start in range(0, shifted.shape[0], _CHUNK_ROWS):
             if start and self.full:

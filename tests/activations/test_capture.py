@@ -384,3 +384,39 @@ def test_defect_28_layers_without_a_token_dimension(assets):
     rows = {site.names[0]: site.statistic.rows for site in capture.sites}
     assert rows["pooler.dense"] == 2, "one row per sample that has a token"
     assert rows["encoder.layer.0.output.dense"] == 14
+
+
+def test_skipping_a_bad_batch_also_undoes_what_it_did_to_the_sites():
+    class Fickle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, apart):
+            return self.a(x) + self.b(x * float("nan") if apart else x)
+
+    with capture_of(
+        Fickle(),
+        forward_fn=lambda m, b: m(**b),
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=None,
+        skip_bad_batches=True,
+    ) as capture:
+        for apart in (False, True, False):
+            capture.run({"x": torch.randn(5, 4), "apart": apart})
+    assert [(site.names, site.statistic.rows) for site in capture.sites] == [(["a", "b"], 10)]
+
+
+def test_a_follower_that_deviates_in_a_shortened_pass_is_seen():
+    class Fickle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, apart=False):
+            return self.a(x) + self.b(x * 2 if apart else x)
+
+    with capture_of(Fickle(), prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None) as capture:
+        for apart in (False, False, True):
+            capture.run({"x": torch.randn(5, 4), "apart": apart})
+    assert [(site.names, site.statistic.rows) for site in capture.sites] == [(["a"], 15), (["b"], 5)]

@@ -267,3 +267,32 @@ def test_agrees_with_scikit_learn(make, seed):
     cosines = np.abs((exact.components_ * directions.double().numpy()).sum(1))
     assert cosines.min() > 0.999
     np.testing.assert_allclose(values.numpy() / (5000 - 1), exact.explained_variance_, rtol=0.005)
+
+
+@pytest.mark.parametrize("kind", ["shift", "late", "domains"])
+def test_sorted_data_are_no_worse_than_pefts(kind, seed):
+    """Rows whose kind changes midway: a sketch that only sees the old directions would miss the new ones."""
+    incremental_pca = pytest.importorskip("peft.utils.incremental_pca")
+    d, generator = 512, torch.Generator().manual_seed(seed)
+    rows = oracle.decaying_rows(12000, d, seed=seed)
+    new = torch.linalg.qr(torch.randn(d, 1, generator=generator)).Q.T
+    if kind == "shift":
+        rows[:6000] += 3 * new
+    elif kind == "late":
+        rows[9000:] += 3 * torch.randn(3000, 1, generator=generator) * new
+    else:
+        rows[6000:] = oracle.decaying_rows(6000, d, seed=seed + 1)
+    matrix = oracle.scatter(rows)
+    theirs = incremental_pca.IncrementalPCA(n_components=16, copy=True, lowrank=True, lowrank_seed=42)
+    for part in rows.split(500):
+        theirs.partial_fit(part)
+    ours = oracle.captured(matrix, feed(SubspacePCA(d, 16), rows, 500).principal(16)[0])
+    assert ours >= oracle.captured(matrix, theirs.components_)
+    assert ours > (0.93 if kind == "domains" else 0.995)
+
+
+def test_constant_rows_in_many_blocks_have_no_variance(make, seed):
+    row = 7 * torch.randn(1, 512, generator=torch.Generator().manual_seed(seed))
+    statistic = feed(make(512), row.expand(6000, -1), batch=1500)
+    assert statistic.total == 0.0
+    assert not statistic.principal(4)[1].any() or make(512).__class__ is GramStatistic
