@@ -59,8 +59,17 @@ def main() -> None:
             with torch.no_grad():
                 model.model.embed_tokens.weight.fill_(float("nan"))
         sent.clear()
+        data = share(case)
+        if case == "skip" and RANK == 1:
+            data[0]["input_ids"][0, 0] = 2  # the token whose embedding is NaN
         try:
-            state = si.get_eva_state_dict(model, share(case), config, show_progress_bar=False)
+            if case == "skip":
+                with torch.no_grad():
+                    model.model.embed_tokens.weight[2] = float("nan")
+                artefact = si.compute(model, config, data, skip_bad_batches=True, show_progress_bar=False)
+                state = {name: factors.a for name, factors in artefact.factors.items()}
+            else:
+                state = si.get_eva_state_dict(model, data, config, show_progress_bar=False)
         except SmartinitError as error:
             sys.stdout.write(f"{type(error).__name__}: {error}\n")
             sys.exit(3)

@@ -46,7 +46,7 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("two"), 2, "plain", "more", "uneven", "nan")
+    return run(tmp_path_factory.mktemp("two"), 2, "plain", "more", "uneven", "skip", "nan")
 
 
 def test_defect_20_ranks_exchange_summaries_and_agree(one, two):
@@ -69,8 +69,14 @@ def test_ranks_with_fewer_batches_do_not_hang_the_others(two):
     assert all(torch.equal(basis, second[name]) for name, basis in first.items())
 
 
+def test_a_rank_that_skips_a_bad_batch_stays_in_step(two):
+    first, second = two.saved["skip"]
+    assert all(torch.equal(basis, second[name]) for name, basis in first.items())
+
+
 def test_a_rank_that_fails_says_why_and_the_other_ends(two):
     assert two.codes[1] == 3
     assert "NonFiniteError: the input of layer 'model.layers.0.self_attn.q_proj'" in two.outputs[1]
-    assert two.codes[0] != 0, "the other rank cannot finish alone, and must not wait for ever"
+    assert two.codes[0] == 3, "the other rank cannot finish alone, and must not wait for ever"
+    assert "another rank failed" in two.outputs[0]
     assert "nan" not in two.saved
