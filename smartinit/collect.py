@@ -140,7 +140,11 @@ def collect(
         settle_full([site.statistic for site in collected.sites], everything=True)
     if ranks.exchange:
         ordered = sorted(collected.sites, key=lambda site: names.index(site.names[0]))
-        merge_over_ranks([site.statistic for site in ordered], [",".join(site.names) for site in ordered], device)
+        merged = merge_over_ranks(
+            [site.statistic for site in ordered], [",".join(site.names) for site in ordered], device
+        )
+        for site, statistic in zip(ordered, merged, strict=True):
+            site.statistic = statistic
     collected.seconds = time.perf_counter() - start
     return collected
 

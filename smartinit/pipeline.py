@@ -112,7 +112,7 @@ def compute(
         ConfigError: options that cannot be, targets that match nothing, ranks above ``min(in, out)``.
         DataError: no data, too few tokens, or (as `NonFiniteError`) NaN in a layer's input.
 
-    Cost: one forward pass per batch plus ``4 d q`` flops per token and site (EVA, q ≈ 1.5·rank·rho).
+    Cost: one forward pass per batch plus ``4 d q`` flops per token and site (EVA, q ≈ 2·rank·rho).
     """
     if store is not None:
         raise ConfigError("store is not supported yet: pass store=None and save the artefact to a folder")

@@ -15,10 +15,11 @@ class Certificate:
 
     Attributes:
         rows: activation rows (tokens) that went in.
-        residual: ``‖C V - V (Vᵀ C V)‖_F / ‖C V‖_F`` of the kept directions; 0 is an exact eigenspace.
+        residual: ``‖C V - V (Vᵀ C V)‖_F / ‖C V‖_F`` of the kept directions, as they were before the last
+            update; 0 is an exact eigenspace.
         captured: ``tr(Vᵀ C V) / tr C`` on the rows that were used, in 0..1.
         captured_held_out: the same share on rows that the directions had not seen yet.
-        split_half_angle: largest principal angle, in degrees, between the estimates
+        split_half_angle: root-mean-square principal angle, in degrees, between the estimates
             from two disjoint halves of the data: the sampling error of the subspace.
         similarity: smallest cosine between the last two consecutive estimates of a direction
             that is kept, the quantity which ``tau`` bounds.

@@ -35,15 +35,18 @@ def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
     return [bool(value) for value in tensor.tolist()]
 
 
-def merge_over_ranks(statistics: Sequence[Statistic], names: Sequence[str], device: torch.device) -> None:
+def merge_over_ranks(statistics: Sequence[Statistic], names: Sequence[str], device: torch.device) -> list[Statistic]:
     """Give every rank the merged statistics of all ranks, bitwise equal everywhere.
 
     Every rank merges the same states in the same order, so that no rank has to send a result.
 
     Args:
-        statistics: in the same order on every rank; updated in place.
+        statistics: in the same order on every rank.
         names: what each belongs to, to check that the ranks agree.
         device: where the process group can send from.
+
+    Returns:
+        The merged statistics, in the same order.
 
     Raises:
         ConfigError: the ranks saw different sites.
@@ -51,8 +54,9 @@ def merge_over_ranks(statistics: Sequence[Statistic], names: Sequence[str], devi
     Cost: one all-gather of ``O(d q)`` numbers per statistic.
     """
     if world_size() == 1:
-        return
+        return list(statistics)
     _check_agreement(names, device)
+    out = []
     for statistic in statistics:
         statistic.settle()
         mine = statistic.state()
@@ -63,7 +67,8 @@ def merge_over_ranks(statistics: Sequence[Statistic], names: Sequence[str], devi
         merged = type(statistic).from_state(states[0])
         for state in states[1:]:
             merged.merge(type(statistic).from_state(state))
-        statistic.restore(merged.state())
+        out.append(merged)
+    return out
 
 
 def _unpack(flat: torch.Tensor, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

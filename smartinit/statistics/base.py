@@ -88,7 +88,3 @@ class Statistic(Protocol):
     def from_state(cls, state: dict[str, Tensor]) -> Self:
         """The inverse of `state`."""
         ...
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Become what ``state`` describes, in place."""
-        ...

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from smartinit.linalg.signs import with_largest_positive
 from smartinit.linalg.threads import small_eigh
 from smartinit.spectrum import Certificate
 from smartinit.statistics.cost import BLOCK_ROWS
+from smartinit.statistics.energy import without_round_off
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,9 +70,7 @@ class GramStatistic:
     @property
     def total(self) -> float:
         """Trace of `matrix`."""
-        total, size = float(self.matrix().trace()), float(self.mean @ self.mean)
-        # What is left of constant rows is the round-off of their mean, and no variance.
-        return total if total > 1e-13 * self.rows * size else 0.0
+        return without_round_off(max(0.0, float(self.matrix().trace())), self.rows, self.mean)
 
     def matrix(self) -> Tensor:
         """``(d, d)`` float64: ``Σ (x-μ)(x-μ)ᵀ``, or ``Σ x xᵀ`` if not centred."""
@@ -153,8 +153,7 @@ class GramStatistic:
         self._decompose()
         k = min(components, self.features)
         rows = self._basis[:, :k].mT
-        largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
-        return (rows * torch.where(largest < 0, -1.0, 1.0)).float().contiguous(), self._values[:k].clone()
+        return with_largest_positive(rows), self._values[:k].clone()
 
     def certificate(self, components: int) -> Certificate:
         """Accuracy of the leading directions: the eigenspace is exact, the sampling error is measured."""
@@ -195,10 +194,6 @@ class GramStatistic:
             new._decompose()
         new._cosines = None if bool((state["cosines"] < 0).all()) else state["cosines"].clone()
         return new
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Become what `state` describes, in place."""
-        self.__dict__.update(type(self).from_state(state).__dict__)
 
     def _scatter(self, moment: Tensor, total: Tensor, rows: int) -> Tensor:
         """Second moment about the mean from one about the shift (which is zero if not centred)."""

@@ -14,7 +14,6 @@ the sketch-and-Rayleigh-Ritz step replaces its SVD of the stacked ``(q + b + 1)�
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -22,9 +21,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from smartinit.linalg.nystrom import fill_basis, leading_directions, nystrom_step, random_basis
+from smartinit.linalg.signs import with_largest_positive
 from smartinit.spectrum import Certificate
+from smartinit.statistics.block import Block
 from smartinit.statistics.cost import BLOCK_ROWS, sketch_width
-from smartinit.statistics.summary import Summary, merge_summaries
+from smartinit.statistics.drift import Drift
+from smartinit.statistics.energy import finite_energy, without_round_off
+from smartinit.statistics.summary import Summary, angle_between, fit_width, merge_summaries
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,10 +37,6 @@ if TYPE_CHECKING:
     from smartinit.linalg.nystrom import NystromStep
 
 _CHUNK_ROWS = 4096
-# Variance outside the basis, over that of the rows before, from which on rows count as another kind of data.
-_DRIFT = 1.25
-# Squared round-off of a float32 mean, relative to its square.
-_ROUND_OFF = 1e-13
 _WARM_UP_ROWS = 1024
 _WARM_UP_BYTES = 4 << 20
 
@@ -74,7 +73,7 @@ class SubspacePCA:
         self.width = sketch_width(features, self.components)
         self._warm_up_rows = max(2 * self.width, min(_WARM_UP_ROWS, _WARM_UP_BYTES // (4 * features)))
         self._scatter = 0.0
-        self._outside = 0.0  # variance per row outside the basis
+        self._drift = Drift()
         self._blocks = 0
         self._cosines = torch.zeros(self.width, dtype=torch.float64)
         self._residuals = torch.full_like(self._cosines, -1.0)  # negative: not known yet
@@ -87,12 +86,10 @@ class SubspacePCA:
         self._whole, self._halves = empty, [empty, empty]
         self._clear_pending()
 
-    # -- the protocol ---------------------------------------------------------------------------------------------
-
     @property
     def rows(self) -> int:
         """How many rows went in, pending ones included."""
-        return self._whole.rows + self._pending_rows + self._buffered
+        return self._whole.rows + self._block.rows + self._buffered
 
     @property
     def mean(self) -> Tensor:
@@ -116,14 +113,14 @@ class SubspacePCA:
             settle_all([self])
         if self._whole.rows == 0 and self._buffered + rows.shape[0] < self._warm_up_rows:
             # The first basis comes from rows at hand: keep them until there are enough for a good one.
-            _energy(rows.float())
+            finite_energy(rows.float())
             self._buffer.append(rows.detach().float().clone())
             self._buffered += rows.shape[0]
             return
         if self._whole.rows == 0:
             taken = max(self._warm_up_rows, self.block_rows // 2) - self._buffered
             if rows.shape[0] > taken:
-                _energy(rows.float())  # all or nothing
+                finite_energy(rows.float())  # all or nothing
             first = rows[:taken].float()
             self._warm_up(torch.cat([*self._buffer, first]) if self._buffer else first)
             rows = rows[taken:]
@@ -131,8 +128,8 @@ class SubspacePCA:
                 return
         shifted = (
             rows if rows.dtype != torch.float64 else rows.float()
-        ) - self._shift  # one fused cast and subtraction
-        energy = _energy(shifted)
+        ) - self._block.shift  # one fused cast and subtraction
+        energy = finite_energy(shifted)
         for start in range(0, shifted.shape[0], _CHUNK_ROWS):
             if start and self.full:
                 # A later chunk needs a shift and basis of its own only if the block ends here; re-centre it.
@@ -140,25 +137,26 @@ class SubspacePCA:
                 self.update(rows[start:])
                 return
             chunk = shifted[start : start + _CHUNK_ROWS]
-            part = energy if chunk.shape[0] == shifted.shape[0] else _energy(chunk)
-            projected = chunk @ self._sketch
-            captured = torch.linalg.vector_norm(projected[:, :-1], dim=0).double().square()
-            if self._has_drifted(chunk.shape[0], part, float(captured.sum())):
+            part = energy if chunk.shape[0] == shifted.shape[0] else finite_energy(chunk)
+            projected, captured = self._block.project(chunk)
+            outside = max(0.0, part - float(captured.sum())) / chunk.shape[0]
+            drifted = self._drift.look(outside, chunk.shape[0], floor=1e-5 * part / chunk.shape[0])
+            if drifted and chunk.shape[0] >= 2 * self.width:
                 self._restart(rows[start:], captured, part)
                 return
-            self._absorb(chunk, projected, captured, part)
+            self._block.absorb(chunk, projected, captured, part)
 
     @property
     def full(self) -> bool:
         """Whether the pending block has all its rows."""
         # A block is as long as all before it: early ones are short, when the estimate still moves much.
-        return self._pending_rows >= min(self.block_rows, max(self._whole.rows, self._warm_up_rows))
+        return self._block.rows >= min(self.block_rows, max(self._whole.rows, self._warm_up_rows))
 
     def settle(self) -> None:
         """Fold buffered and pending rows into the estimate."""
         if self._buffer:
             self._warm_up(torch.cat(self._buffer))
-        if self._pending_rows:
+        if self._block.rows:
             settle_all([self])
 
     def explained(self, components: int) -> Tensor:
@@ -189,12 +187,12 @@ class SubspacePCA:
             self._scatter = other._scatter
         merged = merge_summaries(a, b, self.width)
         overlap = (a.basis.mT @ merged.basis).double()
-        self._cosines = overlap.diagonal().abs().cpu() if a.rows else _fit(other._cosines, self.width)
+        self._cosines = overlap.diagonal().abs().cpu() if a.rows else fit_width(other._cosines, self.width)
         self._whole = merged
         self._halves = [merge_summaries(*pair, self.width) for pair in zip(self._halves, other._halves, strict=True)]
         self._blocks += other._blocks
-        self._residuals = torch.maximum(self._residuals, _fit(other._residuals, self.width))
-        self._unseen = self._unseen + torch.cat([_fit(other._unseen[:-1], self.width), other._unseen[-1:]])
+        self._residuals = torch.maximum(self._residuals, fit_width(other._residuals, self.width))
+        self._unseen = self._unseen + torch.cat([fit_width(other._unseen[:-1], self.width), other._unseen[-1:]])
         self._revive()
         self._clear_pending()
 
@@ -214,8 +212,7 @@ class SubspacePCA:
         # Rows of a product are orthonormal to fp32 round-off only after one QR; R's diagonal carries the sign.
         factor = torch.linalg.qr(self._whole.basis.double())
         basis = (factor.Q * factor.R.diagonal().sign())[:, :k].mT
-        largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
-        return (basis * torch.where(largest < 0, -1.0, 1.0)).float().contiguous(), self._whole.values[:k].clone()
+        return with_largest_positive(basis), self._whole.values[:k].clone()
 
     def certificate(self, components: int) -> Certificate:
         """Accuracy of the ``components`` leading directions; see `Certificate`. No further pass over data."""
@@ -225,8 +222,7 @@ class SubspacePCA:
         angle = None
         first, second = self._halves
         if first.rows and second.rows and k:
-            cosines = torch.linalg.svdvals((first.basis[:, :k].mT @ second.basis[:, :k]).double()).clamp(0, 1)
-            angle = math.degrees(math.acos(float(cosines.square().mean().sqrt().clamp(max=1.0))))
+            angle = angle_between(first, second, k)
         return Certificate(
             rows=self.rows,
             residual=float(self._residuals[k - 1]) if k and float(self._residuals[k - 1]) >= 0 else None,
@@ -245,7 +241,7 @@ class SubspacePCA:
         numbers = [self.features, self.components, self.centred, self.block_rows, self.seed, self._blocks]
         out = {
             "meta": torch.tensor(numbers),
-            "scatter": torch.tensor([self._scatter, self._outside], dtype=torch.float64),
+            "scatter": torch.tensor([self._scatter, self._drift.outside, self._drift.recent], dtype=torch.float64),
             "cosines": self._cosines,
             "residuals": self._residuals,
             "unseen": self._unseen,
@@ -267,35 +263,14 @@ class SubspacePCA:
             Summary(int(state[f"{n}.rows"]), *(state[f"{n}.{part}"].clone() for part in ("mean", "basis", "values")))
             for n in ("whole", "first", "second")
         )
-        (new._scatter, new._outside), new._blocks = state["scatter"].tolist(), blocks
+        new._scatter, *drift = state["scatter"].tolist()
+        new._drift, new._blocks = Drift(*drift), blocks
         new._cosines, new._residuals, new._unseen = (state[n].clone() for n in ("cosines", "residuals", "unseen"))
         new._clear_pending()
         return new
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Become what `state` describes, in place."""
-        self.__dict__.update(type(self).from_state(state).__dict__)
-
-    # -- inside -----------------------------------------------------------------------------------------------------
-
     def _clear_pending(self) -> None:
-        self._pending_rows = 0
-        self._pending_energy = 0.0
-        self._shift = self._whole.mean.float()
-        # The last column collects the rows' sum: the second GEMM gives the mean for nothing.
-        basis = self._whole.basis
-        self._sketch = torch.cat([basis, basis.new_zeros(self.features, 1)], dim=1)
-        self._product = torch.zeros_like(self._sketch.mT).contiguous()  # (q+1, d): the faster way round
-        self._projected = basis.new_zeros(self.width, dtype=torch.float64)
-
-    def _has_drifted(self, rows: int, energy: float, captured: float) -> bool:
-        """Whether clearly more of these rows than of those before lies outside the basis.
-
-        A block sees the data through its basis alone: a direction that is new, as at the border of two sorted
-        domains, would never enter.
-        """
-        outside = (energy - captured) / rows
-        return rows >= 2 * self.width and outside > _DRIFT * self._outside + 1e-5 * energy / rows
+        self._block = Block(self._whole.basis, self._whole.mean.float())
 
     def _restart(self, rows: Tensor, captured: Tensor, energy: float) -> None:
         """Summarise the rows at hand by themselves, as at the start, and merge: exact for what either knows."""
@@ -315,42 +290,35 @@ class SubspacePCA:
             fresh._halves.reverse()
         self._score_unseen(captured, taken, energy)
         self.merge(fresh)
-        self._outside = fresh._outside
+        self._drift = Drift()
+        # A merge of a few rows moves little, which says nothing about how settled the directions are.
+        self._cosines = torch.zeros_like(self._cosines)
         if rows.shape[0] > taken:
             self.update(rows[taken:])
-
-    def _absorb(self, shifted: Tensor, projected: Tensor, captured: Tensor, energy: float) -> None:
-        """Add rows, already shifted by the running mean, to the pending block."""
-        self._projected += captured
-        projected[:, -1] = 1
-        self._product.addmm_(projected.mT, shifted)
-        self._pending_rows += shifted.shape[0]
-        self._pending_energy += energy
 
     def _warm_up(self, rows: Tensor) -> None:
         """First block: the rows are at hand, so the random sketch is improved by subspace iteration on them."""
         shift = rows.mean(0) if self.centred else torch.zeros_like(rows[0])
         shifted = rows - shift
-        energy = _energy(shifted)
+        energy = finite_energy(shifted)
         # Float32 twice is as exact as float64, and faster.
         gap = shifted.mean(0).double() if self.centred else shift.double()
         mean = shift.double() + gap
         scatter = energy - rows.shape[0] * float(gap @ gap)
-        self._scatter = _without_round_off(scatter, rows.shape[0], mean)
+        self._scatter = without_round_off(scatter, rows.shape[0], mean)
         if self._scatter == 0.0:
             shifted = torch.zeros_like(shifted)
         basis, values = leading_directions(shifted, self._whole.basis, self._generator)
         self._whole = Summary(rows.shape[0], mean, basis.contiguous(), values)
         self._revive()
         self._halves = [self._whole, Summary(0, mean, basis, torch.zeros_like(values))]
-        self._outside = max(0.0, self._scatter - float(values.sum())) / rows.shape[0]
         self._blocks = 1
         self._buffer, self._buffered = [], 0
         self._clear_pending()
 
     def _score_unseen(self, captured: Tensor, rows: int, energy: float) -> None:
         """Keep what the basis captured of the block before it had seen it; a short block joins the one before."""
-        self._outside = max(0.0, energy - float(captured.sum())) / rows
+        self._drift.outside = max(0.0, energy - float(captured.sum())) / rows
         scores = torch.cat([captured.cumsum(0).cpu(), torch.tensor([energy], dtype=torch.float64)])
         self._unseen = self._unseen + scores if 2 * rows < self.block_rows else scores
 
@@ -367,8 +335,8 @@ def settle_all(statistics: Iterable[SubspacePCA]) -> None:
     """
     groups: dict[tuple[int, int, torch.device], list[SubspacePCA]] = defaultdict(list)
     for statistic in statistics:
-        if statistic._pending_rows:
-            groups[statistic.features, statistic.width, statistic._product.device].append(statistic)
+        if statistic._block.rows:
+            groups[statistic.features, statistic.width, statistic._block.product.device].append(statistic)
     for group in groups.values():
         _settle_group(group)
 
@@ -376,8 +344,8 @@ def settle_all(statistics: Iterable[SubspacePCA]) -> None:
 def _settle_group(group: list[SubspacePCA]) -> None:
     products, sketches, offsets = [], [], []
     for s in group:
-        sketch, whole, rows = s._whole.basis, s._whole, s._pending_rows
-        product, offset = s._product[:-1].mT, (s._product[-1] / rows).double()
+        sketch, whole, rows = s._whole.basis, s._whole, s._block.rows
+        product, offset = s._block.product[:-1].mT, s._block.offset
         if not s.centred:
             offset = torch.zeros_like(offset)
         # Sketch = basis, so the old summary times the sketch is a scaling of its columns.
@@ -399,10 +367,10 @@ def _settle_group(group: list[SubspacePCA]) -> None:
 
 def _finish(s: SubspacePCA, step: NystromStep, i: int, offset: Tensor) -> None:
     """Write one problem's result back: basis, values, mean, scatter and the figures of the certificate."""
-    rows, whole = s._pending_rows, s._whole
+    rows, whole = s._block.rows, s._whole
     together = whole.rows + rows
     square = float(offset @ offset)
-    block_energy = s._pending_energy
+    block_energy = s._block.energy
     s._scatter = max(0.0, s._scatter + block_energy - rows * rows / together * square)
     gram, small = step.gram[i], step.small[i]
     # ‖Y_k - W_k M_k‖² and ‖Y_k‖² for every k at once: the residual of the directions before this update.
@@ -410,10 +378,10 @@ def _finish(s: SubspacePCA, step: NystromStep, i: int, offset: Tensor) -> None:
     inside = small.square().cumsum(0).cumsum(1).diagonal()
     s._residuals = ((size - inside).clamp_min(0) / size.clamp_min(1e-300)).sqrt().cpu()
     s._cosines = step.overlap[i].diagonal().abs().cpu()
-    s._score_unseen(s._projected, rows, block_energy)
-    moved = s._shift.double() - whole.mean + offset  # the shift is the mean rounded to float32
+    s._score_unseen(s._block.captured, rows, block_energy)
+    moved = s._block.shift.double() - whole.mean + offset  # the shift is the mean rounded to float32
     mean = whole.mean + moved * (rows / together)
-    s._scatter = _without_round_off(s._scatter, together, mean)
+    s._scatter = without_round_off(s._scatter, together, mean)
     values = step.values[i] * min(1.0, s._scatter / max(float(step.values[i].sum()), 1e-300))
     s._whole = Summary(together, mean, step.basis[i].contiguous() * (values > 0), values)
     s._revive()
@@ -423,36 +391,11 @@ def _half_steps(group: list[SubspacePCA], sketches: Tensor, offsets: list[Tensor
     """The block's own share goes to one of two halves, through the same products: no second look at rows."""
     products, means, counts = [], [], []
     for i, s in enumerate(group):
-        rows, offset, half = s._pending_rows, offsets[i], s._halves[s._blocks % 2]
-        block_mean = s._whole.mean + offset
-        product = s._product[:-1].mT - rows * torch.outer(offset.float(), sketches[i].mT @ offset.float())
-        gap = (half.mean - block_mean).float()
-        weight = half.rows * rows / (half.rows + rows)
-        product = product + half.product(sketches[i]) + torch.outer(gap, (sketches[i].mT @ gap) * weight)
+        rows, offset, half = s._block.rows, offsets[i], s._halves[s._blocks % 2]
+        product = s._block.product[:-1].mT - rows * torch.outer(offset.float(), sketches[i].mT @ offset.float())
+        product, mean = half.joined_by(product, sketches[i], s._whole.mean + offset, rows)
         counts.append(half.rows + rows)
-        means.append((half.mean * half.rows + block_mean * rows) / counts[-1])
+        means.append(mean)
         products.append(product)
     step = nystrom_step(torch.stack(products), sketches)
     return [Summary(counts[i], means[i], step.basis[i].contiguous(), step.values[i]) for i in range(len(group))]
-
-
-def _without_round_off(scatter: float, rows: int, mean: Tensor) -> float:
-    """0 for what is left of constant rows: the round-off of their mean, and no variance."""
-    return scatter if scatter > _ROUND_OFF * rows * float(mean @ mean) else 0.0
-
-
-def _fit(values: Tensor, width: int) -> Tensor:
-    """``values`` cut or padded (by its last entry) to ``width``: sketches of two statistics may differ in width."""
-    return torch.cat([values[:width], values[-1:].expand(max(0, width - values.numel()))])
-
-
-def _energy(rows: Tensor) -> float:
-    """Sum of squares, added up in float64; the one place where NaN and Inf are seen.
-
-    Raises:
-        FloatingPointError: the sum is not finite.
-    """
-    energy = float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
-    if not math.isfinite(energy):
-        raise FloatingPointError
-    return energy

@@ -25,6 +25,31 @@ class Summary:
         """The summary times ``sketch``, ``(d, q)``."""
         return self.basis @ (self.values.to(self.basis.dtype).unsqueeze(-1) * (self.basis.mT @ sketch))
 
+    def joined_by(self, product: Tensor, sketch: Tensor, mean: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """The product of this summary and more rows together with ``sketch``, and their common mean.
+
+        Args:
+            product: ``(d, q)`` of the other rows, about their own mean.
+            sketch: ``(d, q)``.
+            mean: ``(d,)`` of the other rows.
+            rows: their number.
+        """
+        gap = (self.mean - mean).float()
+        weight = self.rows * rows / (self.rows + rows)
+        together = product + self.product(sketch) + torch.outer(gap, (sketch.mT @ gap) * weight)
+        return together, (self.mean * self.rows + mean * rows) / (self.rows + rows)
+
+
+def angle_between(a: Summary, b: Summary, components: int) -> float:
+    """Root-mean-square principal angle, in degrees, between the leading directions of two summaries."""
+    cosines = torch.linalg.svdvals((a.basis[:, :components].mT @ b.basis[:, :components]).double()).clamp(0, 1)
+    return math.degrees(math.acos(min(1.0, float(cosines.square().mean().sqrt()))))
+
+
+def fit_width(values: Tensor, width: int) -> Tensor:
+    """``values`` cut or padded (by its last entry) to ``width``: sketches of two statistics may differ in width."""
+    return torch.cat([values[:width], values[-1:].expand(max(0, width - values.numel()))])
+
 
 def merge_summaries(a: Summary, b: Summary, width: int) -> Summary:
     """Exact principal directions of two rank-q summaries and the gap of their means, cut to ``width``."""
