@@ -369,9 +369,8 @@ def _finish(s: SubspacePCA, step: NystromStep, i: int, offset: Tensor) -> None:
     """Write one problem's result back: basis, values, mean, scatter and the figures of the certificate."""
     rows, whole = s._block.rows, s._whole
     together = whole.rows + rows
-    square = float(offset @ offset)
     block_energy = s._block.energy
-    s._scatter = max(0.0, s._scatter + block_energy - rows * rows / together * square)
+    s._scatter = max(0.0, s._scatter + block_energy - rows * rows / together * float(offset @ offset))
     gram, small = step.gram[i], step.small[i]
     # ‖Y_k - W_k M_k‖² and ‖Y_k‖² for every k at once: the residual of the directions before this update.
     size = gram.diagonal().cumsum(0)
