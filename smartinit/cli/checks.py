@@ -56,6 +56,8 @@ def check_plot(path: Path | None) -> None:
         raise MissingDependencyError("--plot needs matplotlib: pip install 'smartinit[plot]'")
     if path.suffix.lower() not in {".png", ".svg", ".pdf"}:
         raise OutputError(f"--plot {path} has no suffix of a figure; expected .png, .svg or .pdf")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"--plot {path} lies in a folder that does not exist; create {path.absolute().parent} first")
     check_output_file(path)
 
 

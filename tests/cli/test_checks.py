@@ -58,6 +58,8 @@ def test_a_place_that_cannot_be_written(tmp_path):
 def test_plots(tmp_path, monkeypatch):
     check_plot(None)
     check_plot(tmp_path / "a.png")
+    with pytest.raises(OutputError, match="folder that does not exist"):
+        check_plot(tmp_path / "nowhere" / "a.png")
     with pytest.raises(OutputError, match="no suffix of a figure"):
         check_plot(tmp_path / "a.txt")
     with pytest.raises(OutputError, match="is a folder"):
