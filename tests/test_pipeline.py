@@ -583,5 +583,5 @@ class TestHosts:
     def test_bounds_that_cannot_be_kept_are_refused_before_any_pass(self, tiny_llama, options):
         model = tiny_llama()
         model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
-        with pytest.raises(ConfigError, match="no layer would get any rank|above the budget"):
+        with pytest.raises(ConfigError, match=r"no layer would get any rank|above the budget"):
             compute(model, config(), batches(), **options, **SETTINGS)
