@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from smartinit.linalg.nystrom import fill_basis, leading_directions, nystrom_step, random_basis
+from smartinit.linalg.nystrom import leading_directions, nystrom_step, random_basis
 from smartinit.linalg.signs import with_largest_positive
 from smartinit.spectrum import Certificate
 from smartinit.statistics.block import Block
@@ -71,6 +71,7 @@ class SubspacePCA:
         self.block_rows = block_rows
         self.seed = seed
         self.width = sketch_width(features, self.components)
+        self.half_width = max(self.components, (self.width + 1) // 2)  # all that the certificate asks of a half
         self._warm_up_rows = max(2 * self.width, min(_WARM_UP_ROWS, _WARM_UP_BYTES // (4 * features)))
         self._scatter = 0.0
         self._drift = Drift()
@@ -83,7 +84,7 @@ class SubspacePCA:
         self._generator = torch.Generator().manual_seed(seed)
         zeros = torch.zeros(features, dtype=torch.float64, device=device)
         empty = Summary(0, zeros, random_basis(features, self.width, seed).to(device), zeros[: self.width])
-        self._whole, self._halves = empty, [empty, empty]
+        self._whole, self._halves = empty, [empty.leading(self.half_width)] * 2
         self._clear_pending()
 
     @property
@@ -156,8 +157,7 @@ class SubspacePCA:
         """Fold buffered and pending rows into the estimate."""
         if self._buffer:
             self._warm_up(torch.cat(self._buffer))
-        if self._block.rows:
-            settle_all([self])
+        settle_all([self])
 
     def explained(self, components: int) -> Tensor:
         """``(k,)`` float64 shares of the variance at the last estimate, on the CPU; what is pending is not in it."""
@@ -170,11 +170,10 @@ class SubspacePCA:
             ValueError: other features or centring.
         """
         if (self.features, self.centred) != (other.features, other.centred):
-            msg = (
+            raise ValueError(
                 f"cannot merge statistics of {self.features} and {other.features} features "
                 f"(centred: {self.centred}, {other.centred})"
             )
-            raise ValueError(msg)
         self.settle()
         other.settle()
         if other.rows == 0:
@@ -189,11 +188,13 @@ class SubspacePCA:
         overlap = (a.basis.mT @ merged.basis).double()
         self._cosines = overlap.diagonal().abs().cpu() if a.rows else fit_width(other._cosines, self.width)
         self._whole = merged
-        self._halves = [merge_summaries(*pair, self.width) for pair in zip(self._halves, other._halves, strict=True)]
+        self._halves = [
+            merge_summaries(*pair, self.half_width) for pair in zip(self._halves, other._halves, strict=True)
+        ]
         self._blocks += other._blocks
         self._residuals = torch.maximum(self._residuals, fit_width(other._residuals, self.width))
         self._unseen = self._unseen + torch.cat([fit_width(other._unseen[:-1], self.width), other._unseen[-1:]])
-        self._revive()
+        self._whole = self._whole.revived(self._generator)
         self._clear_pending()
 
     def similarity(self, components: int) -> float:
@@ -310,8 +311,9 @@ class SubspacePCA:
             shifted = torch.zeros_like(shifted)
         basis, values = leading_directions(shifted, self._whole.basis, self._generator)
         self._whole = Summary(rows.shape[0], mean, basis.contiguous(), values)
-        self._revive()
-        self._halves = [self._whole, Summary(0, mean, basis, torch.zeros_like(values))]
+        self._whole = self._whole.revived(self._generator)
+        half = self._whole.leading(self.half_width)
+        self._halves = [half, replace(half, rows=0, values=torch.zeros_like(half.values))]
         self._blocks = 1
         self._buffer, self._buffered = [], 0
         self._clear_pending()
@@ -321,10 +323,6 @@ class SubspacePCA:
         self._drift.outside = max(0.0, energy - float(captured.sum())) / rows
         scores = torch.cat([captured.cumsum(0).cpu(), torch.tensor([energy], dtype=torch.float64)])
         self._unseen = self._unseen + scores if 2 * rows < self.block_rows else scores
-
-    def _revive(self) -> None:
-        basis = fill_basis(self._whole.basis, self._whole.values, self._generator)
-        self._whole = replace(self._whole, basis=basis)
 
 
 def settle_all(statistics: Iterable[SubspacePCA]) -> None:
@@ -383,15 +381,17 @@ def _finish(s: SubspacePCA, step: NystromStep, i: int, offset: Tensor) -> None:
     s._scatter = without_round_off(s._scatter, together, mean)
     values = step.values[i] * min(1.0, s._scatter / max(float(step.values[i].sum()), 1e-300))
     s._whole = Summary(together, mean, step.basis[i].contiguous() * (values > 0), values)
-    s._revive()
+    s._whole = s._whole.revived(s._generator)
 
 
 def _half_steps(group: list[SubspacePCA], sketches: Tensor, offsets: list[Tensor]) -> list[Summary]:
     """The block's own share goes to one of two halves, through the same products: no second look at rows."""
     products, means, counts = [], [], []
+    width = group[0].half_width
+    sketches = sketches[..., :width]
     for i, s in enumerate(group):
         rows, offset, half = s._block.rows, offsets[i], s._halves[s._blocks % 2]
-        product = s._block.product[:-1].mT - rows * torch.outer(offset.float(), sketches[i].mT @ offset.float())
+        product = s._block.product[:width].mT - rows * torch.outer(offset.float(), sketches[i].mT @ offset.float())
         product, mean = half.joined_by(product, sketches[i], s._whole.mean + offset, rows)
         counts.append(half.rows + rows)
         means.append(mean)

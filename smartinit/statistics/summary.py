@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+
+from smartinit.linalg.nystrom import fill_basis
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +26,14 @@ class Summary:
     def product(self, sketch: Tensor) -> Tensor:
         """The summary times ``sketch``, ``(d, q)``."""
         return self.basis @ (self.values.to(self.basis.dtype).unsqueeze(-1) * (self.basis.mT @ sketch))
+
+    def leading(self, width: int) -> Summary:
+        """The best ``width`` directions."""
+        return Summary(self.rows, self.mean, self.basis[:, :width].contiguous(), self.values[:width].clone())
+
+    def revived(self, generator: torch.Generator) -> Summary:
+        """With fresh random directions in place of dead ones, see `fill_basis`."""
+        return replace(self, basis=fill_basis(self.basis, self.values, generator))
 
     def joined_by(self, product: Tensor, sketch: Tensor, mean: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """The product of this summary and more rows together with ``sketch``, and their common mean.
