@@ -111,10 +111,8 @@ def run_case(options: argparse.Namespace, model: str, data: str | None) -> dict[
             print(f"  {name:10} {cpu:8.2f} {wall:8.2f} {cpu / bare:10.2f} {peak:8.0f}  {shown}")
         if "peft" in table:
             ours, theirs = table["smartinit"]["ratio"] - 1, table["peft"]["ratio"] - 1
-            print(
-                f"  overhead over bare forward passes: {ours:.0%} against {theirs:.0%}, "
-                f"{theirs / max(ours, 1e-9):.0f}× smaller"
-            )
+            smaller = f", {theirs / ours:.0f}× smaller" if ours > 0 else " (the head and the loss never run)"
+            print(f"  overhead over bare forward passes: {ours:.0%} against {theirs:.0%}{smaller}")
         scaling = {}
         for factor in (1, 2, 4):
             run = spawn(options, model, data, "smartinit", Path(folder), batches=options.batches * factor)
