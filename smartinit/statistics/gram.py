@@ -205,6 +205,8 @@ class GramStatistic:
         if self._decomposed_rows != self.rows:
             previous, known = self._basis, self._decomposed_rows >= 0
             self._values, self._basis = _eigh(self.matrix())
+            if self.total == 0.0:  # constant rows: what the decomposition finds is round-off
+                self._values = torch.zeros_like(self._values)
             self._cosines = (previous * self._basis).sum(0).abs().cpu() if known else None
             self._decomposed_rows = self.rows
 
