@@ -7,7 +7,9 @@ from typing import Literal
 
 import torch
 
-Effect = Literal["keeps", "splits"]
+Effect = Literal["keeps", "splits", "shifts", "quantises"]
+"""What a start does to the model: see `Factors.effect`."""
+Trains = Literal["both", "a", "b"]
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,20 @@ class Factors:
         a: ``(rank, in_features)``.
         b: ``(out_features, rank)``.
         effect: ``"keeps"`` when ``B A = 0``: the layer computes what it did before;
-            ``"splits"`` when the base must give up ``s·B A`` for that.
+            ``"splits"`` when the base must give up ``s·B A`` for that;
+            ``"shifts"`` when the base is kept although ``B A`` is not zero: the model starts elsewhere, on purpose;
+            ``"quantises"`` when the base becomes `base`, which ``s·B A`` corrects as well as its rank allows.
+        base: ``(out_features, in_features)``, what the base weight becomes; only with ``"quantises"``.
+        trains: which matrices are trained; the other stays as it starts.
+        magnitude: ``(out_features,)`` DoRA's row norms of ``W + s·B A`` at the start (arXiv 2402.09353, eq. 5).
     """
 
     a: torch.Tensor
     b: torch.Tensor
     effect: Effect = "keeps"
+    base: torch.Tensor | None = None
+    trains: Trains = "both"
+    magnitude: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:

@@ -46,12 +46,14 @@ class Spectrum:
     """Directions of one layer, best first.
 
     Attributes:
-        directions: ``(k, in_features)``, orthonormal rows.
+        directions: ``(k, in_features)``, rows: on the input side (orthonormal, unless the method says otherwise).
+        left: ``(out_features, k)``, columns: their partners on the output side, for methods that have some.
         values: ``(k,)`` float64, the weight of each direction (for EVA: the summed squared
             projections of the centred rows, σ² of the centred data), descending.
         total: the sum of *all* values, kept or not (for EVA: the total centred sum of squares).
         shape: ``(out_features, in_features)`` of the layer's weight.
         certificate: accuracy of the directions.
+        base: ``(out_features, in_features)`` quantised weight that a method found on the way.
     """
 
     directions: torch.Tensor
@@ -59,6 +61,8 @@ class Spectrum:
     total: float
     shape: tuple[int, int]
     certificate: Certificate = field(default_factory=lambda: Certificate(rows=0))
+    left: torch.Tensor | None = None
+    base: torch.Tensor | None = None
 
     def __len__(self) -> int:
         """The number of candidate directions."""
@@ -71,4 +75,5 @@ class Spectrum:
 
     def truncate(self, k: int) -> Spectrum:
         """The best ``k`` directions; the total stays that of the whole."""
-        return replace(self, directions=self.directions[:k], values=self.values[:k])
+        left = None if self.left is None else self.left[:, :k]
+        return replace(self, directions=self.directions[:k], values=self.values[:k], left=left)

@@ -6,11 +6,12 @@ The classes hold options and nothing else; importing this package imports neithe
 
 from __future__ import annotations
 
-from smartinit.config.lora import INIT_METHODS, LoraConfig
+from smartinit.config.lora import INIT_METHODS, OWN_FIELDS, LoraConfig
 from smartinit.config.methods import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
 
 __all__ = [
     "INIT_METHODS",
+    "OWN_FIELDS",
     "CordaConfig",
     "EvaConfig",
     "LoftQConfig",

@@ -34,6 +34,8 @@ _OTHER_LAYERS = (
     "kasa_config",
     "ensure_weight_tying",
 )
+# Fields that PEFT's class does not have; what they ask for is done before it sees the model.
+OWN_FIELDS = ("init_options", "frozen_a", "match_gain")
 # PEFT's keys that only record something, or have no effect without one of the options above.
 _RECORDS = ("peft_version", "qalora_group_size")
 
@@ -44,7 +46,10 @@ class LoraConfig:
 
     Beyond PEFT: entries of a ``target_modules`` or ``exclude_modules`` list may hold ``*`` wildcards (any text, dots
     included), and ``init_lora_weights`` also takes ``lora_one``, ``milora``, ``lora_null``, ``loram`` and
-    ``output_pca``. Method configs may be dicts. The chosen method always has its config; a config of another method
+    ``output_pca``. ``init_options`` are options of the chosen start, by the field names of its class in
+    `smartinit.methods`; ``frozen_a`` trains B alone (A stays as it starts); ``match_gain="kaiming"`` scales A so that
+    the first step changes the layer's output as much as LoRA's own start would. These three are never saved for PEFT.
+    Method configs may be dicts. The chosen method always has its config; a config of another method
     is kept and gives a warning. Collections are copied, never shared with the caller.
 
     PEFT has options that this class lacks. Those that turn the layer into something else (``velora_config``,
@@ -89,6 +94,9 @@ class LoraConfig:
     runtime_config: methods.LoraRuntimeConfig = field(default_factory=methods.LoraRuntimeConfig)
     lora_bias: bool = False
     target_parameters: list[str] | None = None
+    init_options: dict[str, Any] = field(default_factory=dict)
+    frozen_a: bool = False
+    match_gain: Literal["kaiming"] | None = None
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -127,7 +135,9 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """The content of PEFT's ``adapter_config.json``: plain JSON values, sets as sorted lists."""
         fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        del fields["runtime_config"], fields["extra"]  # PEFT does not save the first; the second is spread out
+        # PEFT does not save the first; the second is spread out; it does not know the others.
+        for name in ("runtime_config", "extra", *(name for name in OWN_FIELDS if not fields[name])):
+            del fields[name]
         fields["loftq_config"] = fields["loftq_config"] or {}  # how PEFT writes "none"
         return fields | self.extra
 
@@ -210,6 +220,8 @@ class LoraConfig:
             ) from error
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values |= {key: value for key, value in values.pop("extra").items() if key not in _RECORDS and value}
+        for name in OWN_FIELDS:
+            del values[name]
         values["target_modules"] = self._without_wildcards("target_modules")
         values["exclude_modules"] = self._without_wildcards("exclude_modules")
         if self.method in INIT_METHODS and self.method not in _IN_PEFT:
@@ -266,6 +278,8 @@ class LoraConfig:
             checks.regex("alpha_pattern", key)
             checks.positive(f"alpha_pattern[{key!r}]", alpha)
         self.extra = dict(self.extra)
+        self.init_options = dict(self.init_options or {})
+        checks.choice("match_gain", self.match_gain, (None, "kaiming"))
 
     def _settle_modules(self) -> None:
         for name in ("target_modules", "exclude_modules"):

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from smartinit.config import LoraConfig
+from smartinit.config import OWN_FIELDS, LoraConfig
 from smartinit.errors import (
     ArtefactError,
     ConfigError,
@@ -117,7 +117,7 @@ def adapter_config(
     modules = [*plan.ranks, *(other_modules or ())]
     return (
         _PLAIN_LORA
-        | {key: value for key, value in config.to_dict().items() if key not in config.extra}
+        | {key: value for key, value in config.to_dict().items() if key not in (*config.extra, *OWN_FIELDS)}
         | _SPENT
         | dict.fromkeys(_NEED_TENSORS)
         | {

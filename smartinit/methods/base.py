@@ -7,13 +7,18 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
-    from smartinit.factors import Effect, Factors
+    from smartinit.factors import Effect, Factors, Trains
     from smartinit.spectrum import Spectrum
-    from smartinit.statistics.base import Statistic
 
-Needs = Literal["activations", "gradients"]
+Needs = Literal["activations", "covariance", "gradients"]
+Hosts = frozenset[Literal["linear", "conv1d", "conv2d", "embedding"]]
+
+LINEAR: Hosts = frozenset({"linear", "conv1d"})
+ALL_HOSTS: Hosts = frozenset({"linear", "conv1d", "conv2d", "embedding"})
 
 
 @dataclass(frozen=True)
@@ -26,10 +31,15 @@ class Method(ABC):
         name: as written in ``init_lora_weights`` and ``--method``.
         summary: one line for the table of methods.
         source: paper and equation.
-        needs: which statistic it reads, if any.
+        needs: which statistic it reads, if any: principal directions of the layer's inputs (``"activations"``), their
+            whole second moment (``"covariance"``), or sketches of the weight's gradient (``"gradients"``).
         needs_weight: whether it reads the base weight.
         effect: what its factors do to the base layer.
         centred: whether its statistic removes the mean.
+        hosts: kinds of layers for which its mathematics makes sense.
+        planner: how ranks are given out unless the caller says: by ``"variance"`` (the spectra's ratios) or
+            ``"uniform"``.
+        trains: which of the two matrices are trained.
     """
 
     name: ClassVar[str]
@@ -39,19 +49,44 @@ class Method(ABC):
     needs_weight: ClassVar[bool] = False
     effect: ClassVar[Effect] = "keeps"
     centred: ClassVar[bool] = False
+    hosts: ClassVar[Hosts] = LINEAR
+    planner: ClassVar[Literal["variance", "uniform"]] = "uniform"
+    trains: ClassVar[Trains] = "both"
 
     @abstractmethod
     def spectrum(
-        self, weight: Tensor | None, statistic: Statistic | None, limit: int, shape: tuple[int, int]
+        self,
+        weight: Tensor | None,
+        statistic: Any,  # noqa: ANN401 - its kind depends on `needs`
+        limit: int,
+        shape: tuple[int, int],
+        *,
+        seed: int = 0,
     ) -> Spectrum:
         """Candidate directions of one layer, at most ``limit``, best first.
 
         Args:
             weight: ``(out, in)`` base weight; None unless `needs_weight`.
-            statistic: of the layer's input; None unless `needs`.
+            statistic: of the layer, of the kind that `needs` says; None if it says none.
             limit: directions that will be asked for, at most.
             shape: ``(out_features, in_features)``.
+            seed: of every random choice; another one for every layer.
         """
+
+    def spectra(
+        self,
+        weights: Sequence[Tensor | None],
+        statistics: Sequence[Any],
+        limit: int,
+        shape: tuple[int, int],
+        *,
+        seeds: Sequence[int],
+    ) -> list[Spectrum]:
+        """`spectrum` of several layers of one shape; methods that can do them in one batched call override it."""
+        return [
+            self.spectrum(weight, statistic, limit, shape, seed=seed)
+            for weight, statistic, seed in zip(weights, statistics, seeds, strict=True)
+        ]
 
     @abstractmethod
     def factors(self, spectrum: Spectrum, rank: int, scaling: float) -> Factors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
@@ -36,16 +36,17 @@ class Eva(Method):
     needs: ClassVar[Needs | None] = "activations"
     effect: ClassVar[Effect] = "keeps"
     centred: ClassVar[bool] = True
+    planner: ClassVar[Literal["variance", "uniform"]] = "variance"
 
     def spectrum(
-        self, weight: Tensor | None, statistic: Statistic | None, limit: int, shape: tuple[int, int]
+        self, weight: Tensor | None, statistic: Statistic | None, limit: int, shape: tuple[int, int], *, seed: int = 0
     ) -> Spectrum:
         """Principal directions ``(k, in)`` with ``values = σ²``; cost: none beyond the statistic's.
 
         Raises:
             ConfigError: no statistic.
         """
-        del weight
+        del weight, seed
         if statistic is None:
             msg = "EVA needs activations: pass a data loader"
             raise ConfigError(msg)
