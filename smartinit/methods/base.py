@@ -40,6 +40,7 @@ class Method(ABC):
         planner: how ranks are given out unless the caller says: by ``"variance"`` (the spectra's ratios) or
             ``"uniform"``.
         trains: which of the two matrices are trained.
+        nested: whether the spectrum for few directions is the start of that for many.
     """
 
     name: ClassVar[str]
@@ -52,6 +53,7 @@ class Method(ABC):
     hosts: ClassVar[Hosts] = LINEAR
     planner: ClassVar[Literal["variance", "uniform"]] = "uniform"
     trains: ClassVar[Trains] = "both"
+    nested: ClassVar[bool] = True
 
     @abstractmethod
     def spectrum(
