@@ -67,6 +67,7 @@ def collect(
     demand: Demand,
     tau: float,
     centred: bool = True,
+    matrices: bool = False,
     max_batches: int | None = None,
     seed: int = 0,
     merge_ranks: bool = True,
@@ -85,6 +86,7 @@ def collect(
             and opened again when that grows.
         tau: see `Statistic.settled`.
         centred: remove means.
+        matrices: keep whole second moments, whatever is cheaper.
         max_batches: bound on forward passes; None: one pass over the data, of a stream without a length at most
             10,000 batches.
         seed: of the random sketches.
@@ -102,7 +104,7 @@ def collect(
 
     def new_statistic(target: HookTarget, device: torch.device) -> Statistic:
         wanted = components[target.name]
-        if plan_statistic(target.in_features, wanted).kind == "gram":
+        if matrices or plan_statistic(target.in_features, wanted).kind == "gram":
             return GramStatistic(target.in_features, centred=centred, device=device)
         return SubspacePCA(target.in_features, wanted, centred=centred, seed=seed, device=device)
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import time
-import warnings
-import zlib
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -22,34 +18,30 @@ from smartinit.activations.rows import (
     prepare_model_inputs_fn_language_modeling,
 )
 from smartinit.artefact import Artefact, LayerSummary
-from smartinit.collect import collect
-from smartinit.config import LoraConfig
-from smartinit.errors import ConfigError, DataError
+from smartinit.decomposition import decompose, layer_seed
+from smartinit.errors import ConfigError
 from smartinit.factors import default_factors
-from smartinit.methods import available_methods
+from smartinit.initialisation import resolve_config, resolve_method
+from smartinit.observation import Job, observe
 from smartinit.planning.limits import Limits
-from smartinit.planning.scaling import plan_with_alphas
-from smartinit.planning.uniform import uniform_ranks
-from smartinit.planning.variance import component_limit, variance_ranks
+from smartinit.rank_request import RankRequest
 from smartinit.recipe import Recipe
 from smartinit.spectrum import Certificate
-from smartinit.targets.patterns import alpha_for, rank_for
 from smartinit.targets.select import check_ranks, select_targets
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from smartinit.activations.rows import ForwardFn, PrepareLayerInputs, PrepareModelInputs
-    from smartinit.activations.sites import Site
-    from smartinit.collect import Collected
+    from smartinit.factors import Factors
     from smartinit.methods.base import Method
+    from smartinit.observation import Observed
     from smartinit.planning.plan import Plan
+    from smartinit.rank_request import Planner
     from smartinit.spectrum import Spectrum
     from smartinit.targets.weight import Target
-
-Planner = Literal["variance", "uniform"]
 
 
 def compute(
@@ -59,14 +51,16 @@ def compute(
     *,
     store: None = None,
     max_batches: int | None = None,
-    planner: Planner = "variance",
+    planner: Planner | None = None,
     budget: int | None = None,
     params: int | None = None,
+    captured: float | None = None,
     rank_multiple_of: int = 1,
     min_rank: int = 0,
     max_rank: int | None = None,
     seed: int = 0,
     skip_bad_batches: bool = False,
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
     forward_fn: ForwardFn = forward_fn_dict,
     prepare_model_inputs_fn: PrepareModelInputs | None = prepare_model_inputs_fn_language_modeling,
     prepare_layer_inputs_fn: (
@@ -75,7 +69,7 @@ def compute(
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     none_means: Literal["defaults", "all"] = "defaults",
-    method: str | None = None,
+    method: str | Method | None = None,
     provenance: Mapping[str, Any] | None = None,
     show_progress_bar: bool = True,
 ) -> Artefact:
@@ -84,24 +78,29 @@ def compute(
     Args:
         model: a plain module, a `smartinit.LoraModel` or a ``peft.PeftModel``; it is left exactly as it was.
         config: what to adapt and how it starts; None on a wrapped model: that of ``adapter_name``.
-        dataloader: batches for the forward pass, iterated at most once.
+        dataloader: batches for the forward pass, iterated at most once; not read by methods that need no data.
         store: reserved; must be None.
         max_batches: bound on forward passes; None: one pass over the data. Layers stop paying when they settle.
-        planner: ``"variance"`` redistributes ranks by explained variance, ``"uniform"`` keeps those asked for.
+        planner: ``"variance"`` redistributes ranks by explained variance, ``"uniform"`` keeps those asked for; None:
+            what the method's authors do, which is uniform but for EVA.
         budget: most ranks in total; None: the sum of those asked for.
         params: most adapter parameters in total, instead of ``budget``.
+        captured: give every layer the smallest rank that captures this share (0..1) of its spectrum, instead of the
+            ranks asked for.
         rank_multiple_of: every rank is a multiple of this.
         min_rank: every target gets at least this.
         max_rank: no target gets more than this.
         seed: of the random sketches.
         skip_bad_batches: count and skip batches with NaN or Inf in some layer's input.
+        loss_fn: ``(outputs, batch)`` -> scalar, for methods that read gradients; None: the model's own loss.
         forward_fn: ``(model, batch)``, see `smartinit.activations.capture.Capture`.
         prepare_model_inputs_fn: PEFT's contract, same place.
         prepare_layer_inputs_fn: PEFT's contract, same place.
         adapter_name: which configuration of a wrapped model.
         gather_distributed_inputs: with several ranks, merge their statistics.
         none_means: what ``target_modules=None`` means on a plain model.
-        method: initialisation by name, instead of the configuration's ``init_lora_weights``.
+        method: initialisation by name, or a finished method with its options, instead of the configuration's
+            ``init_lora_weights``.
         provenance: recorded in the artefact next to what is known here.
         show_progress_bar: tqdm on stderr.
 
@@ -112,67 +111,189 @@ def compute(
         ConfigError: options that cannot be, targets that match nothing, ranks above ``min(in, out)``.
         DataError: no data, too few tokens, or (as `NonFiniteError`) NaN in a layer's input.
 
-    Cost: one forward pass per batch plus ``4 d q`` flops per token and site (EVA, q ≈ 2·rank·rho).
+    Cost: one forward pass per batch plus ``4 d q`` flops per token and site (EVA, q ≈ 2·rank·rho), or ``d²`` (methods
+    that read second moments); then each method's own, see `smartinit.methods`.
     """
-    if store is not None:
-        raise ConfigError("store is not supported yet: pass store=None and save the artefact to a folder")
-    lora = _resolve_config(model, config, adapter_name)
-    initialisation = _resolve_method(lora, method)
-    limits = Limits(budget, params, rank_multiple_of, min_rank, max_rank)
-    if planner not in ("variance", "uniform"):
-        raise ConfigError(f"planner={planner!r}: expected 'variance' or 'uniform'")
-    if max_batches is not None and max_batches < 1:
-        raise ConfigError(f"max_batches={max_batches}: expected at least 1")
-    if dataloader is None:
-        raise ConfigError(f"the method '{initialisation.name}' needs activations: pass a dataloader")
-    wrapped = adapter_name if hasattr(model, "peft_config") else None
-    targets = select_targets(model, lora, none_means=none_means, adapter_name=wrapped)
-    check_ranks(targets, lora)
-    request = _Request(targets, lora, planner, limits)
-    request.check()
-    collected = collect(
-        model,
-        targets,
-        dataloader,
-        request.components,
-        demand=request.demand,
-        tau=_eva(lora).tau,
-        centred=initialisation.centred,
+    options = _Options(
+        max_batches=max_batches,
+        planner=planner,
+        limits=Limits(budget, params, rank_multiple_of, min_rank, max_rank),
+        captured=captured,
+        seed=seed,
+        skip_bad_batches=skip_bad_batches,
+        adapter_name=adapter_name,
+        merge_ranks=gather_distributed_inputs,
+        none_means=none_means,
+        provenance=provenance or {},
+        show_progress_bar=show_progress_bar,
+        loss_fn=loss_fn,
+        capture={
+            "forward_fn": forward_fn,
+            "prepare_model_inputs_fn": prepare_model_inputs_fn,
+            "prepare_layer_inputs_fn": prepare_layer_inputs_fn,
+        },
+    )
+    return _run(model, [(config, method)], dataloader, store, options)[0]
+
+
+def compute_many(
+    model: nn.Module,
+    requests: Sequence[Any],
+    dataloader: Iterable[Any] | None = None,
+    *,
+    store: None = None,
+    max_batches: int | None = None,
+    seed: int = 0,
+    skip_bad_batches: bool = False,
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    forward_fn: ForwardFn = forward_fn_dict,
+    prepare_model_inputs_fn: PrepareModelInputs | None = prepare_model_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: (
+        PrepareLayerInputs | Mapping[str, PrepareLayerInputs] | None
+    ) = prepare_layer_inputs_fn_language_modeling,
+    provenance: Mapping[str, Any] | None = None,
+    show_progress_bar: bool = True,
+) -> list[Artefact]:
+    """Several starting points of one model from one pass over the data: a sweep over methods and ranks.
+
+    Args:
+        model: see `compute`.
+        requests: configurations, or pairs ``(configuration, method)``; each becomes an artefact. With EVA beside a
+            method that reads whole second moments, EVA's directions come from these, exactly.
+        dataloader: iterated once for activations, and once more if a method reads gradients.
+        store: see `compute`.
+        max_batches: see `compute`.
+        seed: see `compute`.
+        skip_bad_batches: see `compute`.
+        loss_fn: see `compute`.
+        forward_fn: see `compute`.
+        prepare_model_inputs_fn: see `compute`.
+        prepare_layer_inputs_fn: see `compute`.
+        provenance: see `compute`.
+        show_progress_bar: see `compute`.
+
+    Returns:
+        One artefact per request, in their order.
+
+    Raises:
+        ConfigError, DataError: see `compute`.
+
+    Cost: that of the costliest request, plus the cheap half (factors) of every other.
+    """
+    options = _Options(
         max_batches=max_batches,
         seed=seed,
-        merge_ranks=gather_distributed_inputs,
-        show_progress_bar=show_progress_bar,
-        config=lora,
-        forward_fn=forward_fn,
-        prepare_model_inputs_fn=prepare_model_inputs_fn,
-        prepare_layer_inputs_fn=prepare_layer_inputs_fn,
         skip_bad_batches=skip_bad_batches,
+        provenance=provenance or {},
+        show_progress_bar=show_progress_bar,
+        loss_fn=loss_fn,
+        capture={
+            "forward_fn": forward_fn,
+            "prepare_model_inputs_fn": prepare_model_inputs_fn,
+            "prepare_layer_inputs_fn": prepare_layer_inputs_fn,
+        },
+    )
+    pairs = [one if isinstance(one, tuple) else (one, None) for one in requests]
+    if not pairs:
+        raise ConfigError("compute_many got no requests; give at least one configuration")
+    return _run(model, pairs, dataloader, store, options)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The arguments of `compute` that are the same for all requests."""
+
+    capture: Mapping[str, Any]
+    max_batches: int | None = None
+    planner: Planner | None = None
+    limits: Limits = field(default_factory=Limits)
+    captured: float | None = None
+    seed: int = 0
+    skip_bad_batches: bool = False
+    adapter_name: str = "default"
+    merge_ranks: bool = True
+    none_means: Literal["defaults", "all"] = "defaults"
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    show_progress_bar: bool = True
+    loss_fn: Callable[[Any, Any], Tensor] | None = None
+
+
+def _run(
+    model: nn.Module,
+    pairs: Sequence[tuple[Any, str | Method | None]],
+    dataloader: Iterable[Any] | None,
+    store: None,
+    options: _Options,
+) -> list[Artefact]:
+    if store is not None:
+        raise ConfigError("store is not supported yet: pass store=None and save the artefact to a folder")
+    if options.max_batches is not None and options.max_batches < 1:
+        raise ConfigError(f"max_batches={options.max_batches}: expected at least 1")
+    jobs = [_job(model, config, method, options) for config, method in pairs]
+    observed = observe(
+        model,
+        jobs,
+        dataloader,
+        loss_fn=options.loss_fn,
+        max_batches=options.max_batches,
+        seed=options.seed,
+        show_progress_bar=options.show_progress_bar,
+        skip_bad_batches=options.skip_bad_batches,
+        merge_ranks=options.merge_ranks,
+        config=jobs[0].request.config,
+        **options.capture,
     )
     started = time.perf_counter()
-    site_of = {name: site for site in collected.sites for name in site.names}
-    _check_rows(request, site_of)
-    spectra = _spectra(initialisation, request, site_of)
-    plan = request.plan({name: spectrum.ratios.tolist() for name, spectrum in spectra.items()})
+    spectra = decompose(jobs, observed, seed=options.seed, show_progress_bar=options.show_progress_bar)
+    shared = time.perf_counter() - started
+    artefacts = []
+    for job, found in zip(jobs, spectra, strict=True):
+        started = time.perf_counter()
+        artefact = _artefact(model, job, found, observed, options)
+        timings = {"activations": observed.seconds, "spectra": shared, "factors": time.perf_counter() - started}
+        artefacts.append(replace(artefact, timings=timings))
+    return artefacts
+
+
+def _job(model: nn.Module, config: Any, method: str | Method | None, options: _Options) -> Job:  # noqa: ANN401
+    """Check one request against the model, before any data is read."""
+    lora = resolve_config(model, config, options.adapter_name)
+    chosen = resolve_method(lora, method)
+    planner = chosen.planner if options.planner is None else options.planner
+    if planner not in ("variance", "uniform"):
+        raise ConfigError(f"planner={planner!r}: expected 'variance' or 'uniform'")
+    if options.captured is not None and not 0 < options.captured <= 1:
+        raise ConfigError(f"captured={options.captured!r} cannot be: expected a share above 0, at most 1")
+    wrapped = options.adapter_name if hasattr(model, "peft_config") else None
+    targets = select_targets(model, lora, none_means=options.none_means, adapter_name=wrapped, hosts=chosen.hosts)
+    check_ranks(targets, lora)
+    request = RankRequest(targets, lora, planner, options.limits, options.captured)
+    request.check()
+    return Job(chosen, request, targets)
+
+
+def _artefact(
+    model: nn.Module, job: Job, spectra: Mapping[str, Spectrum], observed: Observed, options: _Options
+) -> Artefact:
+    """The cheap half: ranks, then factors."""
+    lora = job.request.config
+    plan = job.request.plan({name: spectrum.ratios.tolist() for name, spectrum in spectra.items()})
     factors, layers = {}, {}
-    for target in targets:
-        name, rank = target.name, plan.ranks[target.name]
-        if name in spectra:
-            spectrum = spectra[name]
-            factors[name] = initialisation.factors(spectrum, rank, plan.scaling(name))
-            certificate = _certificate(site_of[name], rank, collected)
-            layers[name] = LayerSummary(spectrum.shape, tuple(spectrum.ratios.tolist()), certificate)
-        else:
-            own_seed = seed + zlib.crc32(name.encode())  # layers of one shape must not start alike
-            factors[name] = default_factors(rank, target.in_features, target.out_features, seed=own_seed)
-            layers[name] = LayerSummary((target.out_features, target.in_features), (), Certificate(rows=0))
+    for target in job.targets:
+        name = target.name
+        factors[name], layers[name] = _layer(job, target, plan, spectra.get(name), observed, options.seed)
     recipe = Recipe(
-        method=initialisation.name,
-        options=initialisation.options(),
-        planner={"name": planner, **request.as_options()},
+        method=job.method.name,
+        options=job.method.options(),
+        planner=job.request.as_options(),
         targets=tuple(factors),
-        sampling={"max_batches": max_batches, "tau": _eva(lora).tau, "skip_bad_batches": skip_bad_batches},
+        sampling={
+            "max_batches": options.max_batches,
+            "tau": job.request.eva.tau,
+            "skip_bad_batches": options.skip_bad_batches,
+        },
         numerics={"algorithm": "nystrom-1", "state": "float32", "small": "float64"},
-        seed=seed,
+        seed=options.seed,
         version=smartinit.__version__,
     )
     return Artefact(
@@ -181,194 +302,40 @@ def compute(
         config=lora,
         factors=factors,
         layers=layers,
-        sites=tuple(tuple(site.names) for site in collected.sites),
-        provenance=_provenance(model, collected, provenance),
-        timings={"activations": collected.seconds, "factors": time.perf_counter() - started},
+        sites=tuple(tuple(site.names) for site in observed.sites) if job.method.needs is not None else (),
+        provenance=_provenance(model, observed, options.provenance),
+        timings={},
     )
 
 
-@dataclass(frozen=True)
-class _Request:
-    """What is wanted of the targets, before any data was seen."""
-
-    targets: Sequence[Target]
-    config: LoraConfig
-    planner: Planner
-    limits: Limits
-
-    @cached_property
-    def asked(self) -> dict[str, int]:
-        """Target -> the rank asked for."""
-        return {t.name: rank_for(self.config, t.name) for t in self.targets}
-
-    @cached_property
-    def caps(self) -> dict[str, int]:
-        """Target -> ``min(in, out)``."""
-        return {t.name: min(t.in_features, t.out_features) for t in self.targets}
-
-    @cached_property
-    def candidates(self) -> dict[str, int]:
-        """Target -> directions with which it competes."""
-        rho = _eva(self.config).rho if self.planner == "variance" else 1.0
-        caps, top = self.caps, self.limits.max_rank
-        return {
-            name: max(
-                component_limit(rank, rho, caps[name])
-                if top is None
-                else min(top, component_limit(rank, rho, caps[name])),
-                min(self.limits.min_rank, caps[name]),
-            )
-            for name, rank in self.asked.items()
-        }
-
-    @cached_property
-    def components(self) -> dict[str, int]:
-        """Target -> directions that its statistic must hold: siblings with inputs of one width may share one."""
-        family = {t.name: (t.name.rpartition(".")[0], t.in_features) for t in self.targets}
-        most: dict[tuple[str, int], int] = {}
-        for name, count in self.candidates.items():
-            most[family[name]] = max(count, most.get(family[name], 0))
-        return {name: most[key] for name, key in family.items()}
-
-    def candidates_at(self, site: Site) -> dict[str, int]:
-        """Target -> directions with which it competes at a site: all with as many as the most, as in PEFT."""
-        most = max(self.candidates[name] for name in site.names)
-        return {name: min(most, self.caps[name], self.limits.max_rank or most) for name in site.names}
-
-    def check(self) -> None:
-        """Refuse bounds that cannot be kept before any data is read.
-
-        Raises:
-            ConfigError: see `variance_ranks`; or no layer would get any rank.
-        """
-        shares = {name: [2.0**-i for i in range(count)] for name, count in self.candidates.items()}
-        if not sum(self.ranks(shares).values()):
-            raise ConfigError(
-                "no layer would get any rank: the budget, or the ranks asked for, are below one step of "
-                f"{self.limits.multiple_of} ranks; raise budget, params or r, or lower rank_multiple_of"
-            )
-
-    def ranks(self, ratios: Mapping[str, Sequence[float]]) -> dict[str, int]:
-        """Ranks for the targets in ``ratios``."""
-        asked = {name: self.asked[name] for name in ratios}
-        costs = {t.name: t.in_features + t.out_features for t in self.targets if t.name in ratios}
-        if self.planner == "uniform":
-            return uniform_ranks(asked, {n: self.caps[n] for n in ratios}, costs, self.limits)
-        return variance_ranks(ratios, asked, costs, self.limits)
-
-    def demand(self, sites: Sequence[Site]) -> dict[str, int]:
-        """How many directions each target would get if the data ended now."""
-        shares = {
-            name: site.statistic.explained(count).tolist()
-            for site in sites
-            for name, count in self.candidates_at(site).items()
-        }
-        order = [t.name for t in self.targets if t.name in shares]
-        return self.ranks({name: shares[name] for name in order})
-
-    def plan(self, ratios: Mapping[str, Sequence[float]]) -> Plan:
-        """Final ranks and alphas."""
-        ranks = self.ranks(ratios)
-        # A layer that never ran has no share to compete with: what was asked for, unless the budget is explicit.
-        free = self.limits.budget is None and self.limits.params is None
-        return plan_with_alphas(
-            {n: ranks[n] if n in ranks else self.limits.ceiling(self.asked[n]) * free for n in self.asked},
-            self.asked,
-            {t.name: alpha_for(self.config, t.name) for t in self.targets},
-            use_rslora=self.config.use_rslora,
-            adjust=_eva(self.config).adjust_scaling_factors,
+def _layer(
+    job: Job, target: Target, plan: Plan, spectrum: Spectrum | None, observed: Observed, seed: int
+) -> tuple[Factors, LayerSummary]:
+    """Factors of one layer and what is known of them."""
+    name, config = target.name, job.request.config
+    rank, scaling = plan.ranks[name], plan.scaling(name)
+    if spectrum is None:  # the layer never ran
+        out_features, in_features = target.shape
+        pair = default_factors(rank, in_features, out_features, seed=layer_seed(seed, name))
+        summary = LayerSummary(target.shape, (), Certificate(rows=0))
+    else:
+        pair = job.method.factors(spectrum, rank, scaling)
+        summary = LayerSummary(
+            target.shape, tuple(spectrum.ratios.tolist()), _certificate(job, name, rank, spectrum, observed)
         )
-
-    def as_options(self) -> dict[str, Any]:
-        """For the recipe."""
-        bounds = self.limits
-        return {
-            "rho": _eva(self.config).rho,
-            "adjust_scaling_factors": _eva(self.config).adjust_scaling_factors,
-            "budget": bounds.budget,
-            "params": bounds.params,
-            "multiple_of": bounds.multiple_of,
-            "min_rank": bounds.min_rank,
-            "max_rank": bounds.max_rank,
-            "ranks": self.asked,
-        }
+    trains: Any = "b" if config.frozen_a else job.method.trains if spectrum is not None else "both"
+    return replace(pair, trains=trains), summary
 
 
-def _resolve_config(model: nn.Module, config: Any, adapter_name: str) -> LoraConfig:  # noqa: ANN401
-    if config is None:
-        configs = getattr(model, "peft_config", None)
-        if configs is None:
-            raise ConfigError("config is required when the model is neither a PeftModel nor a smartinit.LoraModel")
-        if adapter_name not in configs:
-            raise ConfigError(f"the model has no adapter '{adapter_name}'; it has {sorted(configs)}")
-        config = configs[adapter_name]
-    return LoraConfig.from_any(config)
+def _certificate(job: Job, name: str, rank: int, spectrum: Spectrum, observed: Observed) -> Certificate:
+    """Of the directions that were kept; the statistic knows more than the spectrum."""
+    if job.method.needs != "activations":
+        return spectrum.certificate
+    site = observed.site_of[name]
+    return replace(site.statistic.certificate(rank), settled=site.names[0] in observed.settled)
 
 
-def _resolve_method(config: LoraConfig, name: str | None) -> Method:
-    """The one place where a configuration's method becomes an object with options."""
-    name = config.method if name is None else name
-    methods = available_methods()
-    if name not in methods:
-        raise ConfigError(f"the method '{name}' cannot be computed by this version; available: {', '.join(methods)}")
-    kind = methods[name]
-    options = {"whiten": _eva(config).whiten} if name == "eva" else {}
-    return kind(**options)
-
-
-def _eva(config: LoraConfig) -> Any:  # noqa: ANN401 - EvaConfig
-    """The EVA options; their defaults when the configuration has none (its method is another)."""
-    return config.eva_config or smartinit.EvaConfig()
-
-
-def _check_rows(request: _Request, site_of: Mapping[str, Site]) -> None:
-    """Too few rows for a rank is an error, unless most layers have enough: then only some experts starve."""
-    asked = request.asked
-    short = {
-        t.name: site_of[t.name].statistic.rows if t.name in site_of else 0
-        for t in request.targets
-        if t.name not in site_of or site_of[t.name].statistic.rows <= asked[t.name]
-    }
-    if not short:
-        return
-    name, rows = max(short.items(), key=lambda item: item[1])
-    if len(short) == len(request.targets):
-        raise DataError(
-            f"too few tokens: layer '{name}' saw {rows}, but {asked[name]} centred directions need at least "
-            f"{asked[name] + 1}; pass more data or lower the rank"
-        )
-    warnings.warn(
-        f"{len(short)} of {len(request.targets)} layers saw too few tokens for their rank "
-        f"(the most: {rows} at '{name}'); "
-        "those that never ran start as LoRA does by default (not at all under an explicit budget), the others with "
-        "what they saw",
-        stacklevel=3,
-    )
-
-
-def _spectra(method: Method, request: _Request, site_of: Mapping[str, Site]) -> dict[str, Spectrum]:
-    """One decomposition per site; each target takes as many of its directions as it competes with."""
-    by_site: dict[int, Spectrum] = {}
-    out = {}
-    for target in request.targets:
-        site = site_of.get(target.name)
-        if site is None:
-            continue
-        shape = (target.out_features, target.in_features)
-        if id(site) not in by_site:
-            limit = max(request.candidates_at(site).values())
-            by_site[id(site)] = method.spectrum(None, site.statistic, limit, shape)
-        count = request.candidates_at(site)[target.name]
-        out[target.name] = replace(by_site[id(site)].truncate(count), shape=shape)
-    return out
-
-
-def _certificate(site: Site, rank: int, collected: Collected) -> Certificate:
-    certificate = site.statistic.certificate(rank)
-    return replace(certificate, settled=site.names[0] in collected.settled)
-
-
-def _provenance(model: nn.Module, collected: Collected, extra: Mapping[str, Any] | None) -> dict[str, Any]:
+def _provenance(model: nn.Module, observed: Observed, extra: Mapping[str, Any] | None) -> dict[str, Any]:
     inner = unwrap(model)
     parameter = next(iter(inner.parameters()), None)
     return {
@@ -376,11 +343,11 @@ def _provenance(model: nn.Module, collected: Collected, extra: Mapping[str, Any]
         "model_class": type(inner).__name__,
         "dtype": None if parameter is None else str(parameter.dtype).removeprefix("torch."),
         "device": None if parameter is None else parameter.device.type,
-        "batches": collected.batches,
-        "bad_batches": list(collected.bad_batches),
-        "tokens": collected.tokens,
-        "tokens_per_second": round(collected.tokens / collected.seconds, 1) if collected.seconds else math.nan,
-        "sites_settled": len(collected.settled),
+        "batches": observed.batches,
+        "bad_batches": list(observed.bad_batches),
+        "tokens": observed.tokens,
+        "tokens_per_second": round(observed.tokens / observed.seconds, 1) if observed.seconds else None,
+        "sites_settled": len(observed.settled),
         "versions": {
             "smartinit": smartinit.__version__,
             "torch": torch.__version__,

@@ -391,13 +391,17 @@ class TestBadInput:
         ):
             with pytest.raises(ConfigError, match=text):
                 compute(tiny_llama(), config(), batches(), **options, **SETTINGS)
-        with pytest.raises(ConfigError, match=r"pissa.* cannot be computed by this version; available: eva"):
-            compute(
-                tiny_llama(),
-                si.LoraConfig(target_modules="all-linear", init_lora_weights="pissa"),
-                batches(),
-                **SETTINGS,
-            )
+        for options, text in (
+            (dict(captured=1.5), "captured=1.5"),
+            (dict(method="corde"), "'corde' is not known; available: .*eva.*closest: 'corda'"),
+        ):
+            with pytest.raises(ConfigError, match=text):
+                compute(tiny_llama(), config(), batches(), **options, **SETTINGS)
+        odd = si.LoraConfig(target_modules="all-linear", init_lora_weights="eva", init_options={"whitten": True})
+        with pytest.raises(ConfigError, match="'eva' has no option 'whitten'; its options are whiten; closest"):
+            compute(tiny_llama(), odd, batches(), **SETTINGS)
+        with pytest.raises(ConfigError, match="'eva' needs activations: pass a dataloader"):
+            compute(tiny_llama(), config(), **SETTINGS)
 
     def test_targets(self, tiny_llama):
         with pytest.raises(TargetError, match="matched none of 15 linear layers; closest: 'q_proj'"):

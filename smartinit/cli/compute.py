@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @click.command("compute")
 @model_options()
-@data_options()
+@data_options(required=False)
 @adapter_options()
 @click.option("--skip-bad-batches", is_flag=True, help="Count and skip batches with NaN or Inf in a layer's input.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Adapter folder to write.")
@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 def command(**options: Any) -> None:  # noqa: ANN401 - click's options
     """Compute the starting point of an adapter and write it as a plain PEFT folder.
 
-    The data is tokenised with the model's own tokenizer and run through the model once, or until every layer has
-    settled. The folder loads in PEFT and in every trainer that takes a PEFT adapter.
+    Methods that look at weights alone need no data. Otherwise the data is tokenised with the model's own tokenizer and
+    run through the model once, or until every layer has settled. The folder loads in PEFT and in every trainer that
+    takes a PEFT adapter.
     """
     output = Output(as_json=options["as_json"], quiet=options["quiet"])
     request = read_request(options)
@@ -64,9 +65,16 @@ class Opened:
     """Model and data, found and checked, weights not loaded yet."""
 
     model: ModelSource
-    source: Source
-    batches: Batches
     request: Request
+    source: Source | None = None
+    batches: Batches | None = None
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the data was, for the record."""
+        if self.source is None:
+            return {"data": None}
+        return {"data_sha256": self.source.sha256, "batches_of": self.request.sampling.as_dict()}
 
 
 def open_inputs(request: Request, options: dict[str, Any], output: Output) -> Opened:
@@ -74,6 +82,8 @@ def open_inputs(request: Request, options: dict[str, Any], output: Output) -> Op
     from smartinit.cli.load_model import find_model, load_tokenizer, longest_input
     from smartinit.data import read_batches
 
+    if not reads_data(request, options, output):
+        return Opened(find_model(options["model"], trust_remote_code=options["trust_remote_code"]), request)
     output.log(f"reading {options['data']}")
     source = find_source(options["data"], split=request.sampling.split)
     model = find_model(options["model"], trust_remote_code=options["trust_remote_code"])
@@ -82,14 +92,31 @@ def open_inputs(request: Request, options: dict[str, Any], output: Output) -> Op
     if longest is not None and longest < request.sampling.max_length:
         request = replace(request, sampling=replace(request.sampling, max_length=longest))
     batches = read_batches(source, tokenizer, request.sampling, causal=model.causal, vocab_size=model.vocab_size)
-    return Opened(model, source, batches, request)
+    return Opened(model, request, source, batches)
+
+
+def reads_data(request: Request, options: dict[str, Any], output: Output) -> bool:
+    """Whether the method looks at data.
+
+    Raises:
+        ConfigError: it does and there is none; an option of the method that it does not have.
+    """
+    from smartinit.initialisation import resolve_method
+
+    method = resolve_method(request.config)
+    if method.needs is not None and options["data"] is None:
+        raise ConfigError(f"the method '{method.name}' looks at data: pass --data with a file or a dataset's id")
+    if method.needs is None and options["data"] is not None:
+        output.log(f"{method.name} looks at weights alone: --data is not read")
+    return method.needs is not None
 
 
 def run(request: Request, options: dict[str, Any], output: Output) -> Artefact:
     """Everything between the checks and the saving."""
     if is_local(options["model"]):
         check_model_folder(Path(options["model"]).expanduser())
-    find_source(options["data"], split=request.sampling.split)
+    if options["data"] is not None:
+        find_source(options["data"], split=request.sampling.split)
     output.log("loading libraries")
     from smartinit.cli.load_model import load_weights
     from smartinit.data import read_batches  # noqa: F401 - importing `datasets` takes time that is not the data's
@@ -120,15 +147,14 @@ def run(request: Request, options: dict[str, Any], output: Output) -> Artefact:
         provenance={
             "model": options["model"],
             "data": options["data"],
-            "data_sha256": opened.source.sha256,
-            "batches_of": opened.request.sampling.as_dict(),
+            **opened.provenance,
         },
         **request.planner_options(),
     )
     check_interrupt()
     return replace(
         artefact,
-        provenance={**artefact.provenance, "dropped_rows": opened.batches.dropped},
+        provenance={**artefact.provenance, **({"dropped_rows": opened.batches.dropped} if opened.batches else {})},
         timings={"data": read - started, "model": loaded - read, **artefact.timings},
     )
 
@@ -137,21 +163,17 @@ def check_request(request: Request, model: ModelSource) -> None:
     """Refuse methods and targets that cannot be before gigabytes of weights are loaded.
 
     Raises:
-        ConfigError: the method is not there yet, no layer matches, or a rank is above ``min(in, out)``.
+        ConfigError: no layer matches, or a rank is above ``min(in, out)``.
     """
     from smartinit.cli.load_model import meta_model
-    from smartinit.methods import available_methods
+    from smartinit.initialisation import resolve_method
     from smartinit.targets import check_ranks, select_targets
 
-    if request.config.method not in available_methods():
-        raise ConfigError(
-            f"the method '{request.config.method}' cannot be computed by this version; "
-            f"available: {', '.join(available_methods())}"
-        )
+    hosts = resolve_method(request.config).hosts
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again with the real model
         with suppress(ModelError):  # a model that cannot be built without weights is checked with them
-            check_ranks(select_targets(meta_model(model), request.config), request.config)
+            check_ranks(select_targets(meta_model(model), request.config, hosts=hosts), request.config)
 
 
 def show(artefact: Artefact, output: Output, *, out: Path, plot: Path | None) -> None:

@@ -104,6 +104,13 @@ def adapter_options() -> Callable[[F], F]:
     """Which layers get an adapter, of which rank, and how it starts."""
     return _all(
         click.option("--method", default="eva", show_default=True, help="Initialisation; see the README's table."),
+        click.option(
+            "--option",
+            "init_options",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Option of the method, such as corda_method=kpm; may be repeated.",
+        ),
         click.option("--rank", type=int, default=8, show_default=True, help="Rank that a layer gets on average."),
         click.option("--alpha", type=float, help="lora_alpha; the rank if not given, which is a scaling of 1."),
         click.option("--rslora", is_flag=True, help="Scale by alpha / sqrt(rank)."),
@@ -130,11 +137,21 @@ def adapter_options() -> Callable[[F], F]:
         click.option(
             "--planner",
             type=click.Choice(PLANNERS),
-            default="variance",
-            show_default=True,
-            help="Ranks where the variance is, or the same everywhere.",
+            help="Ranks where the variance is (EVA's default), or the same everywhere (that of the others).",
         ),
         click.option("--budget", type=Count(), metavar="RANKS", help="Sum of all ranks; rank x layers if not given."),
+        click.option(
+            "--captured",
+            type=float,
+            metavar="SHARE",
+            help="Smallest ranks that capture this share (0..1) of each layer's spectrum, instead of --rank.",
+        ),
+        click.option("--frozen-a", is_flag=True, help="Only B is meant to be trained; recorded in smartinit.json."),
+        click.option(
+            "--match-gain",
+            type=click.Choice(("kaiming",)),
+            help="Scale A so that the learning rate of LoRA's own start fits.",
+        ),
         click.option("--params", type=Count(), metavar="COUNT", help="Budget in parameters instead, such as 20M."),
         click.option(
             "--rank-multiple-of", type=click.IntRange(1), default=1, show_default=True, help="Round ranks to this."

@@ -131,7 +131,7 @@ def _components(request: Request, target: Target) -> int:
     from smartinit.targets import rank_for
 
     eva = request.config.eva_config
-    rho = eva.rho if eva is not None and request.planner == "variance" else 1.0
+    rho = eva.rho if eva is not None and request.planner in (None, "variance") else 1.0
     limit = component_limit(rank_for(request.config, target.name), rho, min(target.shape))
     return limit if request.limits.max_rank is None else min(limit, request.limits.max_rank)
 
@@ -144,14 +144,12 @@ def _statistic(request: Request, site: Sequence[Target]) -> Any:  # noqa: ANN401
 
 def _refusals(request: Request, targets: Sequence[Target]) -> list[str]:
     from smartinit.errors import ConfigError
-    from smartinit.methods import available_methods
+    from smartinit.initialisation import resolve_method
     from smartinit.targets import check_ranks
 
     refused = []
-    if request.config.method not in available_methods():
-        known = ", ".join(available_methods())
-        refused.append(f"the method '{request.config.method}' cannot be computed by this version; available: {known}")
     try:
+        resolve_method(request.config)
         check_ranks(targets, request.config)
         for target in targets:
             request.limits.floor(target.name, _components(request, target))

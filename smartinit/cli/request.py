@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,9 @@ from smartinit.errors import ConfigError
 from smartinit.planning.limits import Limits
 
 _REGEX = re.compile(r"[\\()\[\]|^$+?{}]")
+_STEPS = re.compile(r"pissa_niter_\d+")
+# LoRA's own starts, which PEFT writes as True and False.
+_BOOLEANS = {"default": True, "kaiming": True, "random": False}
 _NUMBERS = re.compile(r"\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*")
 
 
@@ -25,20 +29,23 @@ class Request:
         config: layers, rank and method.
         sampling: how the data is read.
         limits: bounds of the planner.
-        planner: its name.
+        planner: its name; None: the method's own.
+        captured: share of each spectrum that ranks must capture, instead of ranks.
         max_batches: bound on the forward passes.
     """
 
     config: LoraConfig
     sampling: Sampling
     limits: Limits
-    planner: str
+    planner: str | None
+    captured: float | None
     max_batches: int | None
 
     def planner_options(self) -> dict[str, Any]:
         """As keywords of `smartinit.compute`."""
         return {
             "planner": self.planner,
+            "captured": self.captured,
             "budget": self.limits.budget,
             "params": self.limits.params,
             "rank_multiple_of": self.limits.multiple_of,
@@ -64,14 +71,20 @@ def read_request(options: dict[str, Any]) -> Request:
             max_rank=options["max_rank"],
         ),
         planner=options["planner"],
+        captured=options["captured"],
         max_batches=options["max_batches"],
     )
 
 
 def _config(options: dict[str, Any]) -> LoraConfig:
     method, rank = str(options["method"]).lower(), options["rank"]
-    if method not in INIT_METHODS:
-        raise ConfigError(f"unknown method '{method}'; known: {', '.join(INIT_METHODS)}{closest(method, INIT_METHODS)}")
+    start: bool | str = _BOOLEANS.get(method, method)
+    known = (*_BOOLEANS, *INIT_METHODS)
+    if start not in INIT_METHODS and not isinstance(start, bool) and _STEPS.fullmatch(method) is None:
+        raise ConfigError(f"unknown method '{method}'; known: {', '.join(known)}{closest(method, known)}")
+    share = options["captured"]
+    if share is not None and not 0 < share <= 1:
+        raise ConfigError(f"--captured {share} cannot be: expected a share above 0, at most 1")
     if rank < 1:
         raise ConfigError(f"--rank {rank} cannot be: expected at least 1")
     return LoraConfig(
@@ -81,7 +94,10 @@ def _config(options: dict[str, Any]) -> LoraConfig:
         target_modules=read_modules(options["target_modules"]),
         exclude_modules=read_modules(options["exclude_modules"]),
         layers_to_transform=read_layers(options["layers_to_transform"]),
-        init_lora_weights=method,
+        init_lora_weights=start,
+        init_options=read_options(options["init_options"]),
+        frozen_a=options["frozen_a"],
+        match_gain=options["match_gain"],
         base_model_name_or_path=options["model"],
         # Checked whatever the method: a wrong value is a mistake even where it has no effect.
         eva_config=_eva(options) if method == "eva" else None,
@@ -128,6 +144,26 @@ def read_modules(given: tuple[str, ...]) -> list[str] | str | None:
             raise ConfigError(f"'{patterns[0]}' must stand alone: give either one regular expression, or names")
         return patterns[0]
     return [name.strip() for text in given for name in text.split(",") if name.strip()]
+
+
+def read_options(given: tuple[str, ...]) -> dict[str, Any]:
+    """``("corda_method=kpm", "iterations=4")`` → names and values; a value is JSON if it can be, else text.
+
+    Raises:
+        ConfigError: no ``=``, or a name twice.
+    """
+    read: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError(f"--option '{text}' is no option of a method; expected NAME=VALUE")
+        if name.strip() in read:
+            raise ConfigError(f"--option {name.strip()} is given twice")
+        try:
+            read[name.strip()] = json.loads(value)
+        except ValueError:
+            read[name.strip()] = value
+    return read
 
 
 def read_layers(text: str | None) -> list[int] | None:

@@ -193,7 +193,9 @@ CASES = {
         6, "too few tokens: layer", spoil=lambda given: given.data.write_text('{"text": "ab"}\n'), rank=8
     ),
     "unknown method": Case(2, "unknown method 'eav'.*closest: 'eva'", method="eav"),
-    "a method of a later version": Case(2, "'corda' cannot be computed by this version", method="corda"),
+    "an option that the method lacks": Case(2, "'eva' has no option 'bits'", "--option", "bits=4"),
+    "an option without a value": Case(2, "--option 'bits' is no option of a method", "--option", "bits"),
+    "a share above one": Case(2, "--captured 1.5 cannot be", "--captured", "1.5"),
     "an output that is a file": Case(2, "cannot be written|is a file", out=sys.executable),
     "an output below a file": Case(2, "cannot be written", out=os.path.join(sys.executable, "adapter")),  # noqa: PTH118
     "an existing output folder": Case(2, "exists already", out="."),

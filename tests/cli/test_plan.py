@@ -56,7 +56,7 @@ def test_memory_counts_the_weights_in_the_chosen_precision(run_cli, model_folder
     ("arguments", "message"),
     [
         (["--rank", "33"], "rank 33 of"),
-        (["--method", "corda"], "'corda' cannot be computed"),
+        (["--option", "bits=4"], "has no option 'bits'"),
         (["--min-rank", "20"], "min_rank=20 .* is above the most"),
     ],
 )

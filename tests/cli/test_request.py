@@ -49,6 +49,7 @@ def test_options_reach_the_config():
     assert config.layers_to_transform == [0, 2, 3, 4]
     assert found.planner_options() == {
         "planner": "uniform",
+        "captured": None,
         "budget": 2000,
         "params": None,
         "rank_multiple_of": 4,

@@ -1,0 +1,128 @@
+"""The spectra of all layers, each computed once however many ranks and configurations want it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+from tqdm import tqdm
+
+from smartinit.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from smartinit.methods.base import Method
+    from smartinit.observation import Job, Observed
+    from smartinit.spectrum import Spectrum
+    from smartinit.targets.weight import Target
+
+# Layers of one shape that go to a method in one call: enough to fill a device, few enough to show progress.
+_TOGETHER = 8
+
+
+def layer_seed(seed: int, name: str) -> int:
+    """Layers of one shape must not start alike."""
+    return seed + crc32(name.encode())
+
+
+def decompose(
+    jobs: Sequence[Job], observed: Observed, *, seed: int = 0, show_progress_bar: bool = True
+) -> list[dict[str, Spectrum]]:
+    """Spectra by target name, one mapping per job; targets that a method had no data of are left out.
+
+    Jobs of one method share the costly part: it is done once, for the most directions that any of them wants, and
+    cut for each. Layers of one shape go to the method together, and weights that several layers share are
+    decomposed once.
+
+    Raises:
+        ModelError: a weight that cannot be read, or holds NaN or Inf.
+    """
+    wanted = [_wanted(job, observed) for job in jobs]
+    groups: list[tuple[Method, list[int]]] = []
+    for index, job in enumerate(jobs):
+        same = next((members for method, members in groups if method == job.method and method.nested), None)
+        if same is None:
+            groups.append((job.method, [index]))
+        else:
+            same.append(index)
+    total = sum(len({name for i in members for name in wanted[i]}) for _, members in groups)
+    out: list[dict[str, Spectrum]] = [{} for _ in jobs]
+    with tqdm(total=total, desc="spectra", unit="layer", disable=not show_progress_bar) as progress:
+        for _, members in groups:
+            most: dict[str, int] = {}
+            for i in members:
+                for name, count in wanted[i].items():
+                    most[name] = max(count, most.get(name, 0))
+            whole: dict[str, Spectrum] = {}
+            for names, spectra in _computed(jobs[members[0]], members, jobs, observed, most, seed):
+                whole.update(dict.fromkeys(names, spectra))
+                progress.update(len(names))
+            shapes = {t.name: t.shape for i in members for t in jobs[i].targets}
+            for i in members:
+                out[i] = {
+                    name: replace(whole[name].truncate(count), shape=shapes[name]) for name, count in wanted[i].items()
+                }
+    return out
+
+
+def _wanted(job: Job, observed: Observed) -> dict[str, int]:
+    """Target -> directions; only what the method has data of."""
+    if job.method.needs is None:
+        return {t.name: job.request.candidates[t.name] for t in job.targets}
+    if job.method.needs == "gradients":
+        return {t.name: job.request.candidates[t.name] for t in job.targets if t.name in observed.gradients}
+    site_of = observed.site_of
+    together = job.method.needs == "activations"
+    return {
+        t.name: (job.request.candidates_at(site_of[t.name]) if together else job.request.candidates)[t.name]
+        for t in job.targets
+        if t.name in site_of
+    }
+
+
+def _computed(
+    job: Job, members: Sequence[int], jobs: Sequence[Job], observed: Observed, limits: Mapping[str, int], seed: int
+) -> Iterator[tuple[list[str], Spectrum]]:
+    """Names that share a spectrum, and the spectrum."""
+    method = job.method
+    targets = {t.name: t for i in members for t in jobs[i].targets if t.name in limits}
+    alike: dict[Any, list[Target]] = {}
+    for target in targets.values():
+        alike.setdefault(_identity(method, target, observed), []).append(target)
+    batches: dict[Any, list[list[Target]]] = {}
+    for same in alike.values():
+        limit = max(limits[t.name] for t in same)
+        batches.setdefault((same[0].shape, limit, same[0].device, same[0].dtype), []).append(same)
+    for (shape, limit, _, _), group in batches.items():
+        for start in range(0, len(group), _TOGETHER):
+            some = group[start : start + _TOGETHER]
+            leaders = [same[0] for same in some]
+            spectra = method.spectra(
+                [_weight(t) if method.needs_weight else None for t in leaders],
+                [observed.statistic(job, t.name) for t in leaders],
+                limit,
+                shape,
+                seeds=[layer_seed(seed, t.name) for t in leaders],
+            )
+            for same, spectrum in zip(some, spectra, strict=True):
+                yield [t.name for t in same], spectrum
+
+
+def _identity(method: Method, target: Target, observed: Observed) -> object:
+    """Equal for targets whose spectra are equal: of one site if only its input matters, of one weight if only that."""
+    if method.needs == "activations" and not method.needs_weight:
+        return id(observed.site_of[target.name])
+    if method.needs is None and target.is_readable:
+        weight = target.weight()
+        return weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
+    return target.name
+
+
+def _weight(target: Target) -> Any:  # noqa: ANN401 - a tensor
+    if not target.has_finite_weight():
+        raise ModelError(
+            f"the weight of '{target.name}' holds NaN or Inf, so nothing can be computed from it; check the checkpoint"
+        )
+    return target.weight()

@@ -1,0 +1,204 @@
+"""What a model does with data, gathered once for any number of methods and ranks."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from smartinit.collect import collect
+from smartinit.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch import nn
+
+    from smartinit.activations.sites import Site
+    from smartinit.methods.base import Method
+    from smartinit.rank_request import RankRequest
+    from smartinit.targets.weight import Target
+
+_ACTIVATIONS = ("activations", "covariance")
+# Above every cosine: a second moment is only as good as the data it has seen, so its sites stay open.
+_NEVER = 2.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One artefact to be computed.
+
+    Attributes:
+        method: how layers start.
+        request: ranks.
+        targets: the layers, in model order.
+    """
+
+    method: Method
+    request: RankRequest
+    targets: Sequence[Target]
+
+
+@dataclass
+class Observed:
+    """What the passes over the data left behind.
+
+    Attributes:
+        sites: with their statistics, in the order in which they ran first.
+        gradients: target -> its sketch.
+        batches: forward passes that were used.
+        tokens: tokens that counted, on this rank.
+        bad_batches: indices of batches skipped for NaN or Inf.
+        seconds: wall time of the passes.
+        settled: names of leaders of sites that reached ``tau``.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    gradients: Mapping[str, Any] = field(default_factory=dict)
+    batches: int = 0
+    tokens: int = 0
+    bad_batches: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    settled: set[str] = field(default_factory=set)
+
+    @property
+    def site_of(self) -> dict[str, Site]:
+        """Target -> the site that it reads."""
+        return {name: site for site in self.sites for name in site.names}
+
+    def statistic(self, job: Job, name: str) -> Any:  # noqa: ANN401 - its kind depends on the method
+        """What the job's method reads of one target; None if it reads nothing or the target never ran."""
+        if job.method.needs == "gradients":
+            return self.gradients.get(name)
+        if job.method.needs in _ACTIVATIONS:
+            site = self.site_of.get(name)
+            return None if site is None else site.statistic
+        return None
+
+
+def observe(
+    model: nn.Module,
+    jobs: Sequence[Job],
+    dataloader: Iterable[Any] | None,
+    *,
+    loss_fn: Any = None,  # noqa: ANN401 - (outputs, batch) -> scalar
+    max_batches: int | None,
+    seed: int,
+    show_progress_bar: bool,
+    skip_bad_batches: bool,
+    merge_ranks: bool,
+    **capture_options: Any,  # noqa: ANN401 - handed on to Capture
+) -> Observed:
+    """Run the data through the model once for all activations and, if a method needs them, once for gradients.
+
+    Args:
+        model: left exactly as it was.
+        jobs: what is wanted.
+        dataloader: iterated once per kind of statistic; None if no method reads data.
+        loss_fn: see `smartinit.gradients.collect_gradients`.
+        max_batches: bound on the passes.
+        seed: of random sketches.
+        show_progress_bar: tqdm on stderr.
+        skip_bad_batches: count and skip batches with NaN or Inf.
+        merge_ranks: with several ranks, merge their statistics.
+        capture_options: see `smartinit.activations.capture.Capture`.
+
+    Raises:
+        ConfigError: data is needed and there is none.
+        DataError: see `smartinit.collect.collect`; too few tokens.
+    """
+    hungry = [job for job in jobs if job.method.needs is not None]
+    if not hungry:
+        return Observed()
+    if dataloader is None:
+        job = hungry[0]
+        what = "gradients" if job.method.needs == "gradients" else "activations"
+        raise ConfigError(f"the method '{job.method.name}' needs {what}: pass a dataloader")
+    out = Observed()
+    reading = [job for job in hungry if job.method.needs in _ACTIVATIONS]
+    learning = [job for job in hungry if job.method.needs == "gradients"]
+    if reading and learning and iter(dataloader) is dataloader:
+        raise ConfigError(
+            "activations and gradients take one pass over the data each, and this dataloader can be iterated only "
+            "once; pass a list or a DataLoader, or compute the methods one after the other"
+        )
+    if reading:
+        wants_matrix = any(job.method.needs == "covariance" for job in reading)
+        collected = collect(
+            model,
+            _union(reading),
+            dataloader,
+            _most(job.request.components for job in reading),
+            demand=lambda sites: _most(job.request.demand(sites) for job in reading),
+            tau=_NEVER if wants_matrix else max(job.request.eva.tau for job in reading),
+            centred=any(job.method.centred for job in reading),
+            matrices=wants_matrix,
+            merge_ranks=merge_ranks,
+            skip_bad_batches=skip_bad_batches,
+            max_batches=max_batches,
+            seed=seed,
+            show_progress_bar=show_progress_bar,
+            **capture_options,
+        )
+        out.sites, out.batches, out.tokens = collected.sites, collected.batches, collected.tokens
+        out.bad_batches, out.seconds, out.settled = collected.bad_batches, collected.seconds, collected.settled
+        for job in reading:
+            _check_rows(job, out.site_of)
+    if learning:
+        from smartinit.gradients import collect_gradients
+
+        sketched = collect_gradients(
+            model,
+            _union(learning),
+            dataloader,
+            _most(job.request.components for job in learning),
+            loss_fn=loss_fn,
+            forward_fn=capture_options["forward_fn"],
+            skip_bad_batches=skip_bad_batches,
+            max_batches=max_batches,
+            seed=seed,
+            show_progress_bar=show_progress_bar,
+        )
+        out.gradients = sketched.sketches
+        out.seconds += sketched.seconds
+        if not reading:
+            out.batches, out.tokens, out.bad_batches = sketched.batches, sketched.tokens, sketched.bad_batches
+    return out
+
+
+def _union(jobs: Sequence[Job]) -> list[Target]:
+    """Every target once; the first job's order leads."""
+    return list({target.name: target for job in jobs for target in job.targets}.values())
+
+
+def _most(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    out: dict[str, int] = {}
+    for name, count in itertools.chain.from_iterable(one.items() for one in counts):
+        out[name] = max(count, out.get(name, 0))
+    return out
+
+
+def _check_rows(job: Job, site_of: Mapping[str, Site]) -> None:
+    """Too few rows for a rank is an error, unless most layers have enough: then only some experts starve."""
+    asked = job.request.asked
+    short = {
+        t.name: site_of[t.name].statistic.rows if t.name in site_of else 0
+        for t in job.targets
+        if t.name not in site_of or site_of[t.name].statistic.rows <= asked[t.name]
+    }
+    if not short:
+        return
+    name, rows = max(short.items(), key=lambda item: item[1])
+    if len(short) == len(job.targets):
+        raise DataError(
+            f"too few tokens: layer '{name}' saw {rows}, but {asked[name]} centred directions need at least "
+            f"{asked[name] + 1}; pass more data or lower the rank"
+        )
+    warnings.warn(
+        f"{len(short)} of {len(job.targets)} layers saw too few tokens for their rank "
+        f"(the most: {rows} at '{name}'); "
+        "those that never ran start as LoRA does by default (not at all under an explicit budget), the others with "
+        "what they saw",
+        stacklevel=4,
+    )
