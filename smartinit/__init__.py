@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from smartinit.config import CordaConfig, EvaConfig, LoftQConfig, LoraConfig, LoraGAConfig
     from smartinit.eva import get_eva_state_dict, initialize_lora_eva_weights
     from smartinit.factors import Factors
-    from smartinit.pipeline import compute
+    from smartinit.pipeline import compute, compute_many
     from smartinit.planning.plan import Plan
     from smartinit.recipe import Recipe
     from smartinit.spectrum import Certificate, Spectrum
@@ -43,6 +43,7 @@ __all__ = [
     "Spectrum",
     "__version__",
     "compute",
+    "compute_many",
     "errors",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
@@ -63,6 +64,7 @@ _MODULE_OF = {
     "Recipe": "smartinit.recipe",
     "Spectrum": "smartinit.spectrum",
     "compute": "smartinit.pipeline",
+    "compute_many": "smartinit.pipeline",
     "get_eva_state_dict": "smartinit.eva",
     "initialize_lora_eva_weights": "smartinit.eva",
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import time
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -22,6 +23,19 @@ if TYPE_CHECKING:
 _TOGETHER = 8
 
 
+@dataclass
+class Decomposed:
+    """Spectra of one job.
+
+    Attributes:
+        spectra: target -> spectrum; targets that the method had no data of are left out.
+        seconds: what they took; nothing for a job that got those of another.
+    """
+
+    spectra: dict[str, Spectrum] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
 def layer_seed(seed: int, name: str) -> int:
     """Layers of one shape must not start alike."""
     return seed + crc32(name.encode())
@@ -29,8 +43,8 @@ def layer_seed(seed: int, name: str) -> int:
 
 def decompose(
     jobs: Sequence[Job], observed: Observed, *, seed: int = 0, show_progress_bar: bool = True
-) -> list[dict[str, Spectrum]]:
-    """Spectra by target name, one mapping per job; targets that a method had no data of are left out.
+) -> list[Decomposed]:
+    """Spectra by target name, one `Decomposed` per job.
 
     Jobs of one method share the costly part: it is done once, for the most directions that any of them wants, and
     cut for each. Layers of one shape go to the method together, and weights that several layers share are
@@ -48,9 +62,10 @@ def decompose(
         else:
             same.append(index)
     total = sum(len({name for i in members for name in wanted[i]}) for _, members in groups)
-    out: list[dict[str, Spectrum]] = [{} for _ in jobs]
+    out = [Decomposed() for _ in jobs]
     with tqdm(total=total, desc="spectra", unit="layer", disable=not show_progress_bar) as progress:
         for _, members in groups:
+            started = time.perf_counter()
             most: dict[str, int] = {}
             for i in members:
                 for name, count in wanted[i].items():
@@ -60,8 +75,9 @@ def decompose(
                 whole.update(dict.fromkeys(names, spectra))
                 progress.update(len(names))
             shapes = {t.name: t.shape for i in members for t in jobs[i].targets}
+            out[members[0]].seconds = time.perf_counter() - started
             for i in members:
-                out[i] = {
+                out[i].spectra = {
                     name: replace(whole[name].truncate(count), shape=shapes[name]) for name, count in wanted[i].items()
                 }
     return out

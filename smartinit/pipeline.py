@@ -243,14 +243,16 @@ def _run(
         config=jobs[0].request.config,
         **options.capture,
     )
-    started = time.perf_counter()
-    spectra = decompose(jobs, observed, seed=options.seed, show_progress_bar=options.show_progress_bar)
-    shared = time.perf_counter() - started
+    decomposed = decompose(jobs, observed, seed=options.seed, show_progress_bar=options.show_progress_bar)
     artefacts = []
-    for job, found in zip(jobs, spectra, strict=True):
+    for job, found in zip(jobs, decomposed, strict=True):
         started = time.perf_counter()
-        artefact = _artefact(model, job, found, observed, options)
-        timings = {"activations": observed.seconds, "spectra": shared, "factors": time.perf_counter() - started}
+        artefact = _artefact(model, job, found.spectra, observed, options)
+        timings = {
+            "activations": observed.seconds,
+            "spectra": found.seconds,
+            "factors": time.perf_counter() - started,
+        }
         artefacts.append(replace(artefact, timings=timings))
     return artefacts
 
