@@ -85,7 +85,9 @@ def load(options: argparse.Namespace) -> tuple[torch.nn.Module, list[dict[str, t
             model, data = model_folder(), data_file()
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    kind = transformers.AutoModelForCausalLM if "Causal" in (model / "config.json").read_text() else transformers.AutoModel
+    kind = (
+        transformers.AutoModelForCausalLM if "Causal" in (model / "config.json").read_text() else transformers.AutoModel
+    )
     loaded = kind.from_pretrained(model, dtype=torch.float32).eval()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

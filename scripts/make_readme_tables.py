@@ -37,8 +37,22 @@ ROOT = Path(__file__).resolve().parent.parent
 FIGURE = "docs/demo-figure.png"
 _FIGURE_WIDTH, _FIGURE_COLOURS = 1000, 256
 _WIDTH, _HELP_WIDTH = 120, 100
-_NEEDS = MappingProxyType({"activations": "a pass over data", "gradients": "passes over data with gradients"})
-_EFFECTS = MappingProxyType({"keeps": "kept: `B A = 0`", "splits": "split: `W = residual + s·B A`"})
+_NEEDS = MappingProxyType(
+    {
+        "activations": "a pass over data",
+        "covariance": "a pass over data",
+        "gradients": "data, with gradients",
+    }
+)
+_EFFECTS = MappingProxyType(
+    {
+        "keeps": "kept: `B A = 0`",
+        "splits": "split: `W = residual + s·B A`",
+        "shifts": "kept, but `B A` is not 0",
+        "quantises": "quantised: `W ≈ Q + s·B A`",
+    }
+)
+_HOSTS = MappingProxyType({"linear": "Linear", "conv1d": "Conv1D", "conv2d": "Conv2d", "embedding": "Embedding"})
 _FEATURES, _COMPONENTS = (64, 128, 384, 1024, 4096, 14336), (16, 32, 128)
 
 
@@ -89,8 +103,10 @@ def fill(text: str, part: str, content: str) -> str:
 
 def methods_table() -> str:
     """Every registered initialisation."""
-    rows = [(f"`{m.name}`", m.summary, _needed(m), _EFFECTS[m.effect], _linked(m.source)) for m in _methods()]
-    return _table(("method", "what it is", "needs", "the base weight is", "source"), rows)
+    rows = [
+        (f"`{m.name}`", m.summary, _needed(m), _EFFECTS[m.effect], _layers(m), _linked(m.source)) for m in _methods()
+    ]
+    return _table(("method", "what it is", "needs", "the base weight is", "layers", "source"), rows)
 
 
 def _methods() -> list[type[Method]]:
@@ -100,6 +116,10 @@ def _methods() -> list[type[Method]]:
 def _needed(method: type[Method]) -> str:
     needed = [_NEEDS[method.needs]] if method.needs else []
     return " and ".join([*needed, *(["weights"] if method.needs_weight else [])]) or "nothing"
+
+
+def _layers(method: type[Method]) -> str:
+    return "all kinds" if method.hosts >= set(_HOSTS) else ", ".join(_HOSTS[h] for h in _HOSTS if h in method.hosts)
 
 
 def _linked(source: str) -> str:
