@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
+
+from smartinit.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,31 @@ class Spectrum:
     def ratios(self) -> torch.Tensor:
         """``(k,)`` share of the total which each direction explains; zeros when the total is 0."""
         return self.values / self.total if self.total > 0 else self.values * 0
+
+    def require(self, rank: int) -> None:
+        """Refuse a rank above the number of directions.
+
+        Raises:
+            ConfigError: see above.
+        """
+        if rank > len(self):
+            msg = f"rank {rank} needs as many directions, but the spectrum has {len(self)}: raise its limit"
+            raise ConfigError(msg)
+
+    @classmethod
+    def of_equals(
+        cls, directions: torch.Tensor, shape: tuple[int, int], left: torch.Tensor | None = None, *, total: float
+    ) -> Spectrum:
+        """Directions that were not chosen by any data: each is worth ``total / in_features``.
+
+        Args:
+            directions: ``(k, in_features)``.
+            shape: ``(out_features, in_features)``.
+            left: ``(out_features, k)``.
+            total: to be shared.
+        """
+        values = torch.full((directions.shape[0],), total / shape[1], dtype=torch.float64)
+        return cls(directions, values, total, shape, left=left)
 
     def truncate(self, k: int) -> Spectrum:
         """The best ``k`` directions; the total stays that of the whole."""

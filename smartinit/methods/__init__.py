@@ -7,8 +7,12 @@ from importlib.metadata import entry_points
 from smartinit.errors import ConfigError
 from smartinit.methods.base import Method
 from smartinit.methods.eva import Eva
+from smartinit.methods.gaussian import Gaussian
+from smartinit.methods.kaiming import Kaiming, Random
+from smartinit.methods.loram import Loram
+from smartinit.methods.orthogonal import Orthogonal
 
-_BUILT_IN: tuple[type[Method], ...] = (Eva,)
+_BUILT_IN: tuple[type[Method], ...] = (Eva, Kaiming, Random, Gaussian, Orthogonal, Loram)
 
 
 def available_methods() -> dict[str, type[Method]]:
