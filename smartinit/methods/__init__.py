@@ -9,10 +9,29 @@ from smartinit.methods.base import Method
 from smartinit.methods.eva import Eva
 from smartinit.methods.gaussian import Gaussian
 from smartinit.methods.kaiming import Kaiming, Random
+from smartinit.methods.lora_ga import LoraGa
+from smartinit.methods.lora_one import LoraOne
 from smartinit.methods.loram import Loram
+from smartinit.methods.mica import Mica
+from smartinit.methods.milora import MiLoRA
+from smartinit.methods.olora import Olora
 from smartinit.methods.orthogonal import Orthogonal
+from smartinit.methods.pissa import Pissa
 
-_BUILT_IN: tuple[type[Method], ...] = (Eva, Kaiming, Random, Gaussian, Orthogonal, Loram)
+_BUILT_IN: tuple[type[Method], ...] = (
+    Eva,
+    Kaiming,
+    Random,
+    Gaussian,
+    Orthogonal,
+    Loram,
+    MiLoRA,
+    Mica,
+    Olora,
+    Pissa,
+    LoraGa,
+    LoraOne,
+)
 
 
 def available_methods() -> dict[str, type[Method]]:
