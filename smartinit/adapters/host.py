@@ -77,6 +77,17 @@ def adapter_parameters(layer: nn.Module, adapter_name: str) -> list[nn.Parameter
     return [p for item in kept for p in ([item] if isinstance(item, nn.Parameter) else item.parameters())]
 
 
+def factor_parameters(layer: Any, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:  # noqa: ANN401
+    """A and B of one adapter on one LoRA layer, in the shapes in which it keeps them.
+
+    Linear ``(r, in)``, ``(out, r)``; convolution ``(r, in, kh, kw)``, ``(out, r, 1, 1)``; embedding
+    ``(r, num_embeddings)``, ``(embedding_dim, r)``.
+    """
+    if adapter_name in layer.lora_A:
+        return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
+
+
 def find_host(model: nn.Module) -> Host:
     """The host of adapters that ``model`` is; data-parallel and compiled wrappers around it do not matter.
 

@@ -1,7 +1,8 @@
-"""LoRA around one linear layer: ``h = W x + s·B A x``, ``s = alpha / r`` (arXiv 2106.09685, eq. 3).
+"""LoRA around one layer: ``h = W x + s·B A x``, ``s = alpha / r`` (arXiv 2106.09685, eq. 3).
 
 Attribute and state-key names are PEFT's, so that code written for its layers works on these:
-``base_layer``, ``lora_A.<adapter>.weight`` ``(r, in)``, ``lora_B.<adapter>.weight`` ``(out, r)``.
+``base_layer``, ``lora_A.<adapter>.weight`` ``(r, in)``, ``lora_B.<adapter>.weight`` ``(out, r)``. What differs between
+kinds of layers is in `smartinit.adapters.kinds`.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
+from smartinit.adapters.start import start_of
 from smartinit.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from smartinit.config import LoraConfig
+    from smartinit.factors import Trains
 
 
 class LoraLayer(nn.Module):
-    """A linear layer with any number of named low-rank adapters beside it.
+    """A layer with any number of named low-rank adapters beside it.
 
     Args:
         base_layer: the layer as the model had it; it is called, never copied.
@@ -31,13 +33,16 @@ class LoraLayer(nn.Module):
         lora_A: adapter -> ``nn.Linear(in_features, r)`` without bias.
         lora_B: adapter -> ``nn.Linear(r, out_features)`` without bias.
         scaling: adapter -> ``alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilised LoRA (arXiv 2312.03732).
+        start: adapter -> `Start`: what its matrices were, if its base was split. With ``base="offset"`` the layer
+            subtracts their product: ``h = W x + s·B A x - s₀·B₀ A₀ x``.
+        trains: adapter -> which of its matrices are trained; the other stays frozen even while it is active.
         active_adapters: the adapters that `forward` adds; names this layer does not have are passed over.
         disable_adapters: while true, `forward` is the base layer's.
     """
 
     # What belongs to one adapter, by where it is kept: the same two names as on PEFT's layers.
-    adapter_layer_names = ("lora_A", "lora_B")
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora")
+    adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "trains", "start")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -50,6 +55,8 @@ class LoraLayer(nn.Module):
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
+        self.trains: dict[str, Trains] = {}
+        self.start = nn.ModuleDict()
         self.active_adapters: list[str] = []
         self.disable_adapters = False
 
@@ -101,19 +108,29 @@ class LoraLayer(nn.Module):
         # Half precision cannot hold the small updates of A and B: PEFT trains them in float32 as well.
         dtype = base.dtype if base.dtype in (torch.float32, torch.float64) else torch.float32
         where = base.device if device is None else device
-        self.lora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False, device=where, dtype=dtype)
-        self.lora_B[adapter_name] = nn.Linear(r, self.out_features, bias=False, device=where, dtype=dtype)
+        self.new_matrices(adapter_name, r, device=where, dtype=dtype)
         dropout = float(config.lora_dropout)
         self.lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.r[adapter_name] = r
         self.use_rslora[adapter_name] = bool(config.use_rslora)
+        self.trains[adapter_name] = "both"
         self.set_alpha(adapter_name, lora_alpha)
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         for modules in (self.lora_A, self.lora_B, self.lora_dropout):
-            modules[adapter_name].train(self.training)
+            if adapter_name in modules:
+                modules[adapter_name].train(self.training)
+
+    def new_matrices(self, adapter_name: str, r: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
+        """Make A and B of one adapter, without values."""
+        self.lora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False, device=device, dtype=dtype)
+        self.lora_B[adapter_name] = nn.Linear(r, self.out_features, bias=False, device=device, dtype=dtype)
+
+    def has(self, adapter_name: str) -> bool:
+        """Whether this layer has an adapter of that name."""
+        return adapter_name in self.r
 
     def matrices(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A ``(r, in)`` and B ``(out, r)`` of one adapter, the parameters themselves."""
+        """A and B of one adapter, the parameters themselves: ``(r, in)`` and ``(out, r)``, see the kinds of layers."""
         return self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight  # type: ignore[return-value]
 
     def set_alpha(self, adapter_name: str, lora_alpha: float) -> None:
@@ -143,9 +160,10 @@ class LoraLayer(nn.Module):
     def set_adapter(self, adapter_names: Sequence[str], *, inference_mode: bool = False) -> None:
         """Make these adapters the active ones and, unless ``inference_mode``, the trainable ones."""
         self.active_adapters = list(adapter_names)
-        for modules in (self.lora_A, self.lora_B):
-            for name, module in modules.items():
-                module.requires_grad_(name in self.active_adapters and not inference_mode)
+        for name in self.r:
+            trained = name in self.active_adapters and not inference_mode
+            for one, matrix in zip(("a", "b"), self.matrices(name), strict=True):
+                matrix.requires_grad_(trained and self.trains.get(name, "both") in (one, "both"))
 
     def remove(self, adapter_name: str) -> None:
         """Forget one adapter; the others, and which names are active, stay."""
@@ -158,41 +176,37 @@ class LoraLayer(nn.Module):
         """The base layer's output plus the active adapters'.
 
         Args:
-            x: ``(..., in_features)``.
+            x: what the base layer takes, ``(..., in_features)`` for a linear one.
             *args: for the base layer.
             **kwargs: for the base layer.
 
         Returns:
-            ``(..., out_features)`` in the base layer's output dtype; the sum is made in the adapter's.
+            The shape of the base layer's output, in its dtype; the sum is made in the adapter's.
         """
         result: torch.Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
         dtype = result.dtype
         for name in self.active_adapters:
-            if name in self.lora_A:
-                rows = self.lora_dropout[name](x.to(self.matrices(name)[0].dtype))
-                result = result + self.lora_B[name](self.lora_A[name](rows)) * self.scaling[name]
+            if not self.has(name):
+                continue
+            update = self.product(name, x) * self.scaling[name]
+            start = start_of(self, name)
+            if start is not None and start.base == "offset":
+                # Before the base's output is added: at the start the difference is exactly zero.
+                update = update - self.low_rank(x, start.a, start.b) * start.scaling
+            result = result + update
         return result.to(dtype)
 
+    def product(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        """``B A x`` of one adapter, with its dropout."""
+        rows = self.lora_dropout[adapter_name](x.to(self.matrices(adapter_name)[0].dtype))
+        product: torch.Tensor = self.lora_B[adapter_name](self.lora_A[adapter_name](rows))
+        return product
 
-class Linear(LoraLayer):
-    """LoRA around `torch.nn.Linear`; its weight is ``(out, in)``."""
-
-    @staticmethod
-    def features(base_layer: nn.Module) -> tuple[int, int]:
-        """``(in_features, out_features)``, from the layer's fields: a quantised weight has another shape."""
-        return base_layer.in_features, base_layer.out_features  # type: ignore[return-value]
-
-
-class Conv1D(LoraLayer):
-    """LoRA around transformers' ``Conv1D`` (GPT-2), a linear layer whose weight is stored as ``(in, out)``."""
-
-    @staticmethod
-    def features(base_layer: nn.Module) -> tuple[int, int]:
-        """``(in_features, out_features)``."""
-        in_features, out_features = base_layer.weight.shape  # type: ignore[misc]
-        return in_features, out_features
+    def low_rank(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """``b a x`` as this kind of layer multiplies: see `smartinit.adapters.kinds.low_rank_product`."""
+        raise NotImplementedError
 
 
 def is_lora_layer(module: nn.Module) -> bool:
@@ -210,19 +224,3 @@ def bare_module_names(root: nn.Module) -> list[str]:
             names.append(name)
             inside = f"{name}." if is_lora_layer(module) else None
     return names
-
-
-def wrap(name: str, module: nn.Module) -> LoraLayer:
-    """The LoRA layer for one module of a model.
-
-    Raises:
-        ConfigError: a kind of module for which there is no layer here.
-    """
-    if isinstance(module, TransformersConv1D):
-        return Conv1D(module)
-    if isinstance(module, nn.Linear):
-        return Linear(module)
-    raise ConfigError(
-        f"target module '{name}' is a {type(module).__name__}; adapters exist for torch.nn.Linear and "
-        "transformers' Conv1D, so narrow target_modules"
-    )

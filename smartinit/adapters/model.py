@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from smartinit.adapters.layer import LoraLayer, bare_module_names, wrap
+from smartinit.adapters.kinds import wrap
+from smartinit.adapters.layer import LoraLayer, bare_module_names
 from smartinit.config import LoraConfig
 from smartinit.errors import ArtefactError, ConfigError, ModelError, UnknownNameError
 from smartinit.factors import Factors
@@ -17,6 +18,7 @@ from smartinit.formats.peft import read_adapter, write_adapter
 from smartinit.planning.plan import Plan
 from smartinit.targets.patterns import alpha_for, rank_for
 from smartinit.targets.select import select_targets
+from smartinit.targets.weight import ALL_HOSTS
 
 if TYPE_CHECKING:
     import os
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
     from smartinit.formats.peft import StoredAdapter
 
-# Fields of LoraConfig that ask for more than linear LoRA layers; silence would train something else.
+# Fields of LoraConfig that ask for more than plain LoRA layers; silence would train something else.
 _UNSUPPORTED = {
     "bias": "none",
     "use_dora": False,
@@ -42,7 +44,7 @@ class LoraModel(nn.Module):
     What this class does not have itself (``config``, ``generate``, …) is the wrapped model's.
 
     Args:
-        model: any module with `torch.nn.Linear` or transformers' ``Conv1D`` layers.
+        model: any module with linear layers, transformers' ``Conv1D``, convolutions or embeddings.
         config: a `smartinit.LoraConfig` or a ``peft.LoraConfig``; it is copied.
         adapter_name: name of the first adapter, which becomes the active one.
         low_cpu_mem_usage: leave the adapter's weights on the meta device until they are loaded or written.
@@ -53,7 +55,7 @@ class LoraModel(nn.Module):
 
     Raises:
         ModelError: the model already carries adapters.
-        ConfigError: the configuration asks for something else than LoRA on linear layers.
+        ConfigError: the configuration asks for something else than plain LoRA.
         TargetError: ``target_modules`` matches nothing.
 
         After an error the model is as it was.
@@ -162,7 +164,7 @@ class LoraModel(nn.Module):
             OutputError: the folder cannot be written.
         """
         for adapter_name, config in self.peft_config.items():
-            layers = {name: layer for name, layer in self.lora_layers().items() if adapter_name in layer.lora_A}
+            layers = {name: layer for name, layer in self.lora_layers().items() if layer.has(adapter_name)}
             write_adapter(
                 Path(folder) if adapter_name == "default" else Path(folder) / adapter_name,
                 config,
@@ -220,11 +222,11 @@ class LoraModel(nn.Module):
         for field, plain in _UNSUPPORTED.items():
             if (getattr(config, field) or plain) != plain:
                 raise ConfigError(
-                    f"{field}={getattr(config, field)!r} is not supported by smartinit.LoraModel, which adapts linear "
+                    f"{field}={getattr(config, field)!r} is not supported by smartinit.LoraModel, which has plain LoRA "
                     "layers only; leave it out, or wrap the model with PEFT"
                 )
         with self._bare():
-            names = [target.name for target in select_targets(self.model, config)]
+            names = [target.name for target in select_targets(self.model, config, hosts=ALL_HOSTS)]
         try:
             for name in names:
                 module = self.model.get_submodule(name)
@@ -255,7 +257,7 @@ class LoraModel(nn.Module):
         self.peft_config.pop(adapter_name, None)
         for name, layer in self.lora_layers().items():
             layer.remove(adapter_name)
-            if not layer.lora_A:
+            if not layer.r:
                 self.model.set_submodule(name, layer.base_layer)
 
     @torch.no_grad()
@@ -265,7 +267,7 @@ class LoraModel(nn.Module):
         Raises:
             ArtefactError: names or shapes do not fit this model.
         """
-        layers = {name: layer for name, layer in self.lora_layers().items() if adapter_name in layer.lora_A}
+        layers = {name: layer for name, layer in self.lora_layers().items() if layer.has(adapter_name)}
         if layers.keys() != stored.factors.keys():
             odd = sorted(layers.keys() ^ stored.factors.keys())
             raise ArtefactError(

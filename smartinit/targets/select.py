@@ -13,17 +13,20 @@ from smartinit.errors import ConfigError, TargetError
 from smartinit.targets.defaults import DEFAULT_TARGETS
 from smartinit.targets.patterns import in_chosen_layers, in_entries, is_excluded, match_module, rank_for
 from smartinit.targets.tree import adapter_layer, base_model, nodes
-from smartinit.targets.weight import Target, host_of
+from smartinit.targets.weight import LINEAR, Target, host_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from smartinit.config import LoraConfig
     from smartinit.targets.tree import Node
+    from smartinit.targets.weight import Hosts
 
 _SHOWN = 3  # names in a message
 # Heads of sequence classifiers, which PEFT trains whole (`modules_to_save`) and never adapts.
 _CLASSIFIER_HEADS = ("score", "classifier")
+
+_NAMED = (nn.MultiheadAttention, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def select_targets(
@@ -32,6 +35,7 @@ def select_targets(
     *,
     none_means: Literal["defaults", "all"] = "defaults",
     adapter_name: str | None = None,
+    hosts: Hosts = LINEAR,
 ) -> tuple[Target, ...]:
     """The layers that get an adapter, in model order.
 
@@ -42,13 +46,14 @@ def select_targets(
         none_means: what ``target_modules=None`` stands for: the architecture's defaults, or all linear layers
             (as PEFT's ``get_eva_state_dict`` has it for a plain module).
         adapter_name: with adapter layers, only those that have this adapter.
+        hosts: the kinds of layers that can be targets; ``"all-linear"`` and "all" mean linear ones in any case.
 
     Returns:
-        Linear and Conv1D layers, each once. Of adapter layers those around embeddings, convolutions and multi-head
-        attention are left out; on a plain module such a match is an error.
+        Layers of these kinds, each once. Of adapter layers those around other modules are left out; on a plain module
+        such a match is an error.
 
     Raises:
-        TargetError: nothing matches, or something that is no linear layer does.
+        TargetError: nothing matches, or something of another kind does.
         ConfigError: a plain module without config, or an architecture without defaults.
 
     Warns:
@@ -58,10 +63,10 @@ def select_targets(
     adapted = [node for node in found if adapter_layer(node.module)]
     # An adapter model has its base under `model`; one whose adapters are all gone is still no plain module.
     if adapted or "model." in base_model(model)[1]:
-        return _adapted_targets(adapted, adapter_name)
+        return _adapted_targets(adapted, adapter_name, hosts)
     if config is None:
         raise ConfigError("a model without adapter layers needs a config that says which layers get an adapter")
-    return _plain_targets(model, found, config, none_means)
+    return _plain_targets(model, found, config, none_means, hosts)
 
 
 def check_ranks(targets: Iterable[Target], config: LoraConfig) -> None:
@@ -80,28 +85,36 @@ def check_ranks(targets: Iterable[Target], config: LoraConfig) -> None:
         )
 
 
-def _adapted_targets(adapted: Sequence[Node], adapter_name: str | None) -> tuple[Target, ...]:
+def _adapted_targets(adapted: Sequence[Node], adapter_name: str | None, hosts: Hosts) -> tuple[Target, ...]:
     targets = []
     for node in adapted:
-        if adapter_name is not None and adapter_name not in getattr(node.module, "lora_A", ()):
+        if adapter_name is not None and not any(
+            adapter_name in getattr(node.module, part, ()) for part in ("lora_A", "lora_embedding_A")
+        ):
             continue
         base = node.module
         while adapter_layer(base):
             base = base.base_layer  # type: ignore[assignment]
-        if host_of(base) is not None:
+        if host_of(base) in hosts:
             targets.append(Target.of(base, node.name, node.path, node.names[1:]))
     if not targets:
         of_name = "" if adapter_name is None else f" with an adapter '{adapter_name}'"
-        raise TargetError(f"none of the model's {len(adapted)} adapter layers is around a linear layer{of_name}")
+        kind = "a linear layer" if hosts == LINEAR else f"one of {_kinds(hosts)}"
+        raise TargetError(f"none of the model's {len(adapted)} adapter layers is around {kind}{of_name}")
     return tuple(targets)
 
 
 def _plain_targets(
-    model: nn.Module, found: Sequence[Node], config: LoraConfig, none_means: Literal["defaults", "all"]
+    model: nn.Module,
+    found: Sequence[Node],
+    config: LoraConfig,
+    none_means: Literal["defaults", "all"],
+    hosts: Hosts,
 ) -> tuple[Target, ...]:
     _refuse_what_changes_the_model(config)
     root, _ = base_model(model)
-    linear = [node for node in found if _problem(node) is None]
+    usable = [node for node in found if _problem(node, hosts) is None]
+    linear = [node for node in usable if host_of(node.module) in LINEAR]
     named = config.target_modules
     if named is None and none_means == "all":
         chosen = [node for node in linear if _included(config, node)]
@@ -114,10 +127,10 @@ def _plain_targets(
             config.target_modules = _defaults(root)
         chosen = [node for node in found if any(match_module(config, name) for name in node.names)]
         if named is not None:
-            _warn_of_idle_entries(config, found, linear)
+            _warn_of_idle_entries(config, found, usable)
     if not chosen:
-        raise TargetError(_no_match(config, found, linear))
-    _refuse_other_kinds(chosen)
+        raise TargetError(_no_match(config, found, usable, "linear layers" if hosts == LINEAR else "usable layers"))
+    _refuse_other_kinds(chosen, hosts)
     return tuple(Target.of(node.module, node.name, node.path, node.names[1:]) for node in chosen)
 
 
@@ -158,30 +171,46 @@ def _heads(root: nn.Module, task_type: str | None) -> set[int]:
     return {id(module) for head in heads if head is not None for module in head.modules()}
 
 
-def _problem(node: Node) -> str | None:
-    """Why a module cannot get an adapter; None if it can."""
+def _problem(node: Node, hosts: Hosts) -> str | None:
+    """Why a module cannot get an adapter, or not this one; None if it can."""
     module = node.module
     if isinstance(node.parent, nn.MultiheadAttention):
         return "part of nn.MultiheadAttention, which uses the weight without calling the layer"
-    if host_of(module) is not None:
+    if host_of(module) in hosts:
         return None
-    if isinstance(module, nn.Embedding):
-        return "an embedding, whose input is numbers of tokens and no activations"
+    if host_of(module) is None and not isinstance(module, _NAMED):
+        inside = " (name the linear layers inside it)" if any(True for _ in module.children()) else ""
+        return f"a {type(module).__name__}{inside}"
+    return _why_not(module, hosts)
+
+
+def _why_not(module: nn.Module, hosts: Hosts) -> str:
+    """What there is to say of a kind of module that someone may have meant."""
     if isinstance(module, nn.MultiheadAttention):
         return "nn.MultiheadAttention, which uses its weights without calling layers"
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if isinstance(module, nn.Embedding):
+        if "embedding" in hosts:
+            return "an embedding with max_norm, which rewrites its own weight"
+        return "an embedding, whose input is numbers of tokens and no activations"
+    if isinstance(module, _NAMED) and "conv2d" not in hosts:
         return "a convolution"
-    inside = " (name the linear layers inside it)" if any(True for _ in module.children()) else ""
-    return f"a {type(module).__name__}{inside}"
+    if isinstance(module, nn.Conv2d):
+        return f"a convolution with groups={module.groups}"
+    return f"a {type(module).__name__}, which is another kind"
 
 
-def _refuse_other_kinds(chosen: Sequence[Node]) -> None:
-    refused = [(node.name, problem) for node in chosen if (problem := _problem(node)) is not None]
+def _kinds(hosts: Hosts) -> str:
+    return ", ".join(sorted(hosts))
+
+
+def _refuse_other_kinds(chosen: Sequence[Node], hosts: Hosts) -> None:
+    refused = [(node.name, problem) for node in chosen if (problem := _problem(node, hosts)) is not None]
     if refused:
         shown = "; ".join(f"'{name}' is {problem}" for name, problem in refused[:_SHOWN])
         more = f"; and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
+        wanted = "no linear layers" if hosts == LINEAR else f"none of {_kinds(hosts)}"
         raise TargetError(
-            f"target_modules matched modules that are no linear layers: {shown}{more}; "
+            f"target_modules matched modules that are {wanted}: {shown}{more}; "
             "leave them out of target_modules or name them in exclude_modules"
         )
 
@@ -213,11 +242,11 @@ def _warn_of_idle_entries(config: LoraConfig, found: Sequence[Node], linear: Seq
             warnings.warn(f"target_modules entry {entry!r} matched no module{near}", stacklevel=4)
 
 
-def _no_match(config: LoraConfig, found: Sequence[Node], linear: Sequence[Node]) -> str:
+def _no_match(config: LoraConfig, found: Sequence[Node], linear: Sequence[Node], kind: str) -> str:
     """The sentence for a config that leaves no layer at all."""
     named = config.target_modules
     shown = repr(named if named is None or isinstance(named, str) else sorted(named))
-    said = f"target_modules={shown} matched none of {len(linear)} linear layers"
+    said = f"target_modules={shown} matched none of {len(linear)} {kind}"
     unrestricted = config.copy()
     unrestricted.exclude_modules = unrestricted.modules_to_save = unrestricted.layers_to_transform = None
     everything = named is None or (isinstance(named, str) and named.lower() == "all-linear")

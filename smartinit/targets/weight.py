@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -10,18 +11,34 @@ from torch import nn
 
 from smartinit.errors import ModelError
 
-Host = Literal["linear", "conv1d"]
+Host = Literal["linear", "conv1d", "conv2d", "embedding"]
+Hosts = frozenset[Host]
+
+LINEAR: Hosts = frozenset({"linear", "conv1d"})
+ALL_HOSTS: Hosts = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+Storage = tuple[int, torch.Size, tuple[int, ...]]
+"""Where a weight lies: address, shape, strides."""
+
+_TRANSPOSED: Hosts = frozenset({"conv1d", "embedding"})
+_DIMENSIONS = {"linear": 2, "conv1d": 2, "conv2d": 4, "embedding": 2}
 
 
 def host_of(module: nn.Module) -> Host | None:
     """How a module stores the weight of ``y = W x``; None if it is not such a layer.
 
-    Linear: ``nn.Linear`` and its subclasses, and the classes with "Linear" in their name that have ``in_features``
-    and ``out_features``, which is how quantisation libraries write theirs. Conv1D: transformers' class (by name,
-    so that transformers is not imported), which stores ``W`` transposed.
+    - linear: ``nn.Linear`` and its subclasses, and the classes with "Linear" in their name that have ``in_features``
+      and ``out_features``, which is how quantisation libraries write theirs; ``W`` is the weight.
+    - conv1d: transformers' class (by name, so that transformers is not imported); ``W`` is the weight transposed.
+    - conv2d: ``nn.Conv2d`` without groups; ``W`` is the weight ``(out, in, kh, kw)`` as ``(out, in·kh·kw)``.
+    - embedding: ``nn.Embedding``, which multiplies one-hot rows; ``W (embedding_dim, num_embeddings)`` is the weight
+      transposed. One with ``max_norm`` rewrites its own weight when it is called, and is none of these.
     """
     if isinstance(module, nn.Linear):
         return "linear"
+    if isinstance(module, nn.Conv2d):
+        return "conv2d" if module.groups == 1 else None
+    if isinstance(module, nn.Embedding):
+        return "embedding" if module.max_norm is None else None
     ancestors = [kind.__name__ for kind in type(module).__mro__]
     weight = getattr(module, "weight", None)
     if "Conv1D" in ancestors and hasattr(module, "nf") and isinstance(weight, torch.Tensor) and weight.dim() == 2:  # noqa: PLR2004 - a matrix
@@ -32,10 +49,10 @@ def host_of(module: nn.Module) -> Host | None:
     return None
 
 
-def _matrix(module: nn.Module) -> torch.Tensor | None:
-    """The stored weight if it is an ordinary matrix of numbers; None if it is packed, sharded or elsewhere."""
+def _stored_weight(module: nn.Module, host: Host) -> torch.Tensor | None:
+    """The stored weight if it is an ordinary tensor of numbers; None if it is packed, sharded or elsewhere."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.is_meta:  # noqa: PLR2004 - a matrix
+    if not isinstance(weight, torch.Tensor) or weight.dim() != _DIMENSIONS[host] or weight.is_meta:
         return None
     # float8 comes with a scale of its own; a tensor subclass (torchao, DTensor) keeps its numbers in its own way.
     ordinary = weight.is_floating_point() and weight.element_size() > 1 and type(weight.data) is torch.Tensor
@@ -66,19 +83,23 @@ class Target:
 
     @classmethod
     def of(cls, module: nn.Module, name: str, path: str = "", aliases: tuple[str, ...] = ()) -> Target:
-        """The target for a linear layer.
+        """The target for a layer.
 
         Raises:
-            ModelError: it is not one (see `host_of`).
+            ModelError: a kind of module that has no ``W`` (see `host_of`).
         """
         host = host_of(module)
         if host is None:
-            raise ModelError(f"'{name}' is a {type(module).__name__}: expected a linear layer or a Conv1D")
-        matrix = _matrix(module)
+            raise ModelError(
+                f"'{name}' is a {type(module).__name__}: expected a linear layer, a Conv1D, a Conv2d without groups or "
+                "an Embedding without max_norm"
+            )
+        stored = _stored_weight(module, host)
         # The module's own word counts only where the weight cannot tell: pruning leaves it outdated.
-        sizes = tuple(matrix.shape) if matrix is not None else _declared_sizes(module, host)
-        out_features, in_features = sizes if host == "linear" else sizes[::-1]
-        return cls(name, module, int(out_features), int(in_features), host, path or name, aliases)
+        sizes = tuple(stored.shape) if stored is not None else _declared_sizes(module, host)
+        rows, columns = int(sizes[0]), math.prod(int(size) for size in sizes[1:])
+        out_features, in_features = (columns, rows) if host in _TRANSPOSED else (rows, columns)
+        return cls(name, module, out_features, in_features, host, path or name, aliases)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -98,23 +119,65 @@ class Target:
     @property
     def is_readable(self) -> bool:
         """Whether `weight` gives the numbers: not for quantised, sharded and meta weights."""
-        return _matrix(self.module) is not None
+        return _stored_weight(self.module, self.host) is not None
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the module stores ``W`` transposed: the first dimension of its weight is then ``in_features``."""
+        return self.host in _TRANSPOSED
+
+    @property
+    def stored_shape(self) -> torch.Size:
+        """The shape of the weight as the module stores it; for a packed one, the shape that it stands for."""
+        stored = _stored_weight(self.module, self.host)
+        return torch.Size(_declared_sizes(self.module, self.host)) if stored is None else stored.shape
+
+    @property
+    def storage(self) -> Storage | None:
+        """Where the weight lies, equal for modules that use one weight; None where it is not an ordinary one."""
+        stored = _stored_weight(self.module, self.host)
+        return None if stored is None else storage_of(stored)
 
     def weight(self) -> torch.Tensor:
-        """``W``, ``(out_features, in_features)``: a view of the stored weight, without gradient. No copy.
+        """``W``, ``(out_features, in_features)``, without gradient: a view of the stored weight.
+
+        Only of a convolution that is not stored row by row (``channels_last``) it is a copy.
 
         Raises:
             ModelError: the layer stores something else than an ordinary matrix.
         """
-        matrix = _matrix(self.module)
-        if matrix is None:
+        stored = self.stored_weight()
+        return stored.T if self.is_transposed else stored.flatten(1)
+
+    def stored_weight(self) -> torch.Tensor:
+        """The weight as the module stores it, without gradient: the very memory.
+
+        Raises:
+            ModelError: the layer stores something else than an ordinary weight of its kind.
+        """
+        weight = _stored_weight(self.module, self.host)
+        if weight is None:
             stored = self._stored()
             raise ModelError(
                 f"the weight of '{self.name}' ({type(self.module).__name__}) cannot be read as a matrix: it is stored "
                 f"as {type(stored).__name__} of shape {tuple(stored.shape)}, {stored.dtype}, on {stored.device}; "
                 "load the model unquantised, whole and on a device, or use a method that needs no weights"
             )
-        return matrix if self.host == "linear" else matrix.T
+        return weight
+
+    def changeable_weight(self) -> torch.Tensor:
+        """`stored_weight`, to be written to.
+
+        Raises:
+            ModelError: it cannot be read, or is not stored but computed from other parameters.
+        """
+        weight = self.stored_weight()
+        if self.module._parameters.get("weight") is None:  # noqa: SLF001 - torch has no public way to ask
+            raise ModelError(
+                f"the weight of '{self.name}' ({type(self.module).__name__}) is not a parameter but computed "
+                "(a parametrisation?), so it cannot be changed in place: remove the parametrisation first"
+            )
+        return weight
 
     @torch.no_grad()
     def subtract_(self, delta: torch.Tensor) -> None:
@@ -123,23 +186,19 @@ class Target:
         Raises:
             ModelError: the weight cannot be read, or is not stored but computed from other parameters.
         """
-        weight = self.weight()
-        if self.module._parameters.get("weight") is None:  # noqa: SLF001 - torch has no public way to ask
-            raise ModelError(
-                f"the weight of '{self.name}' ({type(self.module).__name__}) is not a parameter but computed "
-                "(a parametrisation?), so it cannot be changed in place: remove the parametrisation first"
-            )
-        if delta.shape != weight.shape:
+        stored = self.changeable_weight()
+        if delta.shape != self.shape:
             raise ModelError(f"'{self.name}' is {self.shape}, but what is to be subtracted is {tuple(delta.shape)}")
+        delta = delta.to(stored.device)
         # The difference is taken in the wider of the two dtypes; copy_ does the one rounding.
-        weight.copy_(weight - delta.to(weight.device))
+        stored.copy_(stored - (delta.T if self.is_transposed else delta.reshape(stored.shape)))
 
     def has_finite_weight(self) -> bool:
         """Whether the weight is free of NaN and Inf; True when it `is_readable` not. One pass, no temporary."""
-        matrix = _matrix(self.module)
-        if matrix is None or matrix.numel() == 0:
+        stored = _stored_weight(self.module, self.host)
+        if stored is None or stored.numel() == 0:
             return True
-        low, high = matrix.aminmax()  # NaN in any entry makes both NaN
+        low, high = stored.aminmax()  # NaN in any entry makes both NaN
         return bool(low.isfinite() and high.isfinite())
 
     def _stored(self) -> torch.Tensor:
@@ -151,9 +210,15 @@ class Target:
         raise ModelError(f"the layer '{self.name}' ({type(self.module).__name__}) holds no tensor")
 
 
-def _declared_sizes(module: nn.Module, host: Host) -> tuple[int, int]:
+def storage_of(tensor: torch.Tensor) -> Storage:
+    """Where a tensor lies: equal for two names of one weight."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def _declared_sizes(module: nn.Module, host: Host) -> tuple[int, ...]:
     """What the module says of its weight, in the order of the storage."""
-    if host == "conv1d":
-        rows, columns = cast("torch.Tensor", module.weight).shape
-        return int(rows), int(columns)
-    return int(cast("int", module.out_features)), int(cast("int", module.in_features))
+    if host == "linear":
+        return int(cast("int", module.out_features)), int(cast("int", module.in_features))
+    if host == "embedding":
+        return int(cast("int", module.num_embeddings)), int(cast("int", module.embedding_dim))
+    return tuple(int(size) for size in cast("torch.Tensor", module.weight).shape)

@@ -160,7 +160,7 @@ def test_a_failing_second_adapter_leaves_the_first(tiny_llama: Callable, tokens:
     ("options", "error", "message"),
     [
         ({"target_modules": ["nothing"]}, TargetError, "nothing"),
-        ({"target_modules": ["embed_tokens"]}, SmartinitError, "embed_tokens"),
+        ({"target_modules": ["norm"]}, SmartinitError, "'model.norm' is a LlamaRMSNorm"),
         ({"target_modules": ["q_proj"], "use_dora": True}, ConfigError, "use_dora=True is not supported"),
         ({"target_modules": ["q_proj"], "bias": "all"}, ConfigError, "bias='all' is not supported"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, ConfigError, "modules_to_save"),

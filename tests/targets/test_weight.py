@@ -184,11 +184,20 @@ def test_a_pruned_layer_has_the_shape_of_its_weight():
 
 @pytest.mark.parametrize(
     "module",
-    [nn.Embedding(4, 3), nn.Conv1d(3, 5, 1), nn.LayerNorm(3), nn.Bilinear(2, 3, 4), nn.MultiheadAttention(4, 2)],
+    [
+        nn.Embedding(4, 3, max_norm=1.0),
+        nn.Conv1d(3, 5, 1),
+        nn.Conv2d(4, 4, 1, groups=2),
+        nn.LayerNorm(3),
+        nn.Bilinear(2, 3, 4),
+        nn.MultiheadAttention(4, 2),
+    ],
 )
 def test_other_modules_are_no_targets(module):
     assert host_of(module) is None
-    with pytest.raises(ModelError, match=r"'x' is a .*: expected a linear layer or a Conv1D"):
+    with pytest.raises(
+        ModelError, match=r"'x' is a .*: expected a linear layer, a Conv1D, a Conv2d without groups or an Embedding"
+    ):
         Target.of(module, "x")
 
 
