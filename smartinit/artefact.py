@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from smartinit.adapters.attach import write_factors
-from smartinit.config import LoraConfig
+from smartinit.artefact_record import LayerSummary, from_record, stored_form
 from smartinit.errors import ArtefactError, ConfigError, SmartinitError, VerificationError
-from smartinit.factors import Factors
+from smartinit.formats.base_weights import read_base_weights, write_base_weights
 from smartinit.formats.card import model_card
 from smartinit.formats.files import new_folder, write_file
 from smartinit.formats.peft import (
@@ -20,13 +20,10 @@ from smartinit.formats.peft import (
     TENSOR_FILE,
     read_config,
     read_factors,
-    stored_tensors,
     write_adapter,
 )
-from smartinit.formats.record import RECORD_FILE, read_record, record_text
-from smartinit.planning.plan import Plan
-from smartinit.recipe import Recipe
-from smartinit.spectrum import Certificate
+from smartinit.formats.record import RECORD_FILE, START_FOLDER, read_record, record_text
+from smartinit.formats.tensors import stored_tensors
 
 if TYPE_CHECKING:
     import os
@@ -34,22 +31,16 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from smartinit.artefact_record import BaseOnDisk
+    from smartinit.config import LoraConfig
+    from smartinit.factors import Factors
+    from smartinit.planning.plan import Plan
+    from smartinit.recipe import Recipe
+    from smartinit.spectrum import Certificate
+
+__all__ = ["CARD_FILE", "Artefact", "LayerSummary"]
+
 CARD_FILE = "README.md"
-
-
-@dataclass(frozen=True)
-class LayerSummary:
-    """What is known of one layer besides its factors.
-
-    Attributes:
-        shape: ``(out_features, in_features)``.
-        ratios: the share of the total variance that each candidate direction explains, best first.
-        certificate: how far its directions can be trusted.
-    """
-
-    shape: tuple[int, int]
-    ratios: tuple[float, ...]
-    certificate: Certificate
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,32 +88,59 @@ class Artefact:
         name = self.config.base_model_name_or_path or self.provenance.get("model")
         return name if name and name != self.provenance.get("model_class") else None
 
-    def save(self, folder: str | os.PathLike[str], force: bool = False, *, dtype: torch.dtype = torch.float32) -> Path:
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        force: bool = False,
+        *,
+        dtype: torch.dtype = torch.float32,
+        base: BaseOnDisk = "residual",
+    ) -> Path:
         """Write an adapter folder that PEFT loads, with ``smartinit.json`` and a model card.
 
-        The folder appears whole or not at all, and an existing one is replaced whole or not at all.
+        The folder appears whole or not at all, and an existing one is replaced whole or not at all. A split for the
+        residual base (see `smartinit.convert.save_residual_model`) is written twice: the copy in ``start/`` stays when
+        a trainer saves over the adapter, and `smartinit.convert.convert_adapter` finds it there.
 
         Args:
             folder: where to; missing parents are made.
             force: replace an existing adapter folder.
             dtype: of the stored matrices, which are rounded to it once.
+            base: which base model the folder of a splitting method is for: ``"residual"``, from which ``s·B A`` is
+                subtracted, or ``"doubled"``: the unmodified one, as plain LoRA ``[B, -B] [A; A]`` of twice the rank,
+                which starts where the base does. No matter to other methods.
 
         Returns:
             The folder.
 
         Raises:
             OutputError: the folder exists (without ``force``), holds other things, or cannot be written.
-            ConfigError: every target has rank 0.
+            ConfigError: every target has rank 0; an unknown ``base``, or one that the factors cannot serve.
             VerificationError: `verify` finds something wrong; nothing is written.
         """
         self._require_sound()
+        plan, factors = stored_form(self.plan, self.factors, base, use_dora=self.config.use_dora)
+        effects = {pair.effect for pair in self.factors.values() if pair.rank}
+        changed = bool(effects & {"splits", "quantises"}) and base == "residual"
+        config = self.config.copy()
+        if changed:  # a loader that looks the base up by name would take the wrong one
+            config.base_model_name_or_path = None
+        kinds = {layer.kind for layer in self.layers.values()}
+        config.fan_in_fan_out |= "conv1d" in kinds and "linear" not in kinds  # PEFT warns, and sets it itself
+        forms = {name: layer.form for name, layer in self.layers.items()}
         with new_folder(folder, force=force, marker=CONFIG_FILE) as unfinished:
-            write_adapter(
-                unfinished, self.config, self.plan, self.factors, base_model_name_or_path=self.base_model, dtype=dtype
-            )
-            card = model_card(self.recipe, self.plan, base_model=self.base_model, keeps_base=self.keeps_base)
+            name = None if changed else self.base_model
+            write_adapter(unfinished, config, plan, factors, base_model_name_or_path=name, dtype=dtype, forms=forms)
+            if "splits" in effects and base == "residual":
+                (unfinished / START_FOLDER).mkdir()
+                for file in (CONFIG_FILE, TENSOR_FILE):
+                    write_file(unfinished / START_FOLDER / file, (unfinished / file).read_bytes())
+            bases = {name: pair.base for name, pair in self.factors.items() if pair.base is not None}
+            write_base_weights(unfinished, bases)
+            card = model_card(self.recipe, plan, base_model=self.base_model, effects=effects, base=base)
             write_file(unfinished / CARD_FILE, card.encode())
-            write_file(unfinished / RECORD_FILE, record_text(self._as_record(), unfinished))
+            record = self._as_record(base if "splits" in effects else None)
+            write_file(unfinished / RECORD_FILE, record_text(record, unfinished))
         return Path(folder)
 
     @classmethod
@@ -138,8 +156,11 @@ class Artefact:
         record, contents = read_record(path)
         read_config(path, contents[CONFIG_FILE])
         stored = read_factors(path, contents[TENSOR_FILE])
+        bases = read_base_weights(path)
         try:
-            artefact = _from_record(record, stored)
+            artefact = cls(**from_record(record, stored.factors, bases))
+        except VerificationError as error:
+            raise VerificationError(f"'{path}': {error}") from error
         except (SmartinitError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtefactError(
                 f"'{path / RECORD_FILE}' is incomplete or broken ({type(error).__name__}: {error})"
@@ -149,7 +170,7 @@ class Artefact:
                 raise VerificationError(
                     f"'{path / RECORD_FILE}' was changed: its {name} has another digest than it says"
                 )
-        artefact._require_sound()  # noqa: SLF001  (its own class)
+        artefact._require_sound()
         return artefact
 
     def verify(self, folder: str | os.PathLike[str] | None = None) -> list[str]:
@@ -175,6 +196,16 @@ class Artefact:
         ours = stored_tensors(self.factors, dtype=_dtype(stored.factors))
         differing = [key for key in ours.keys() | theirs.keys() if not _equal(ours.get(key), theirs.get(key))]
         problems += [f"'{folder}' holds other values of '{key}'" for key in sorted(differing)]
+        for name, pair in self.factors.items():
+            kept = stored.factors.get(name)
+            if kept is not None and pair.effect != kept.effect:
+                problems.append(f"'{folder}' says that layer '{name}' {kept.effect} its base, which it {pair.effect}")
+            if (
+                kept is not None
+                and (pair.base is not None or kept.base is not None)
+                and not _equal(pair.base, kept.base)
+            ):
+                problems.append(f"'{folder}' holds another quantised base of layer '{name}'")
         return problems
 
     def apply(
@@ -189,23 +220,20 @@ class Artefact:
         Args:
             model: see `write_factors`.
             adapter_name: which adapter.
-            base: how a method that splits the weight treats the base layer; no matter to one that keeps it.
+            base: what a method that splits the weight does to the base layers: they become the residual, as in PEFT;
+                or they stay, and the layers subtract the frozen start. No matter to other methods.
 
         Returns:
-            ``model``. After an error it is as it was.
+            ``model``. After an error it is as it was, bit for bit.
 
         Raises:
-            ModelError: the model carries no adapters.
+            ModelError: the model carries no adapters, or a base weight that must change cannot be.
             ArtefactError, UnknownNameError: the factors are for another model.
-            ConfigError: an unknown ``base``; or a method that splits the weight, which needs a later version.
+            ConfigError: an unknown ``base``; or a change of the base that would change what others compute.
         """
         if base not in ("residual", "offset"):
             raise ConfigError(f"base={base!r} is not known; choose 'residual' or 'offset'")
-        if not self.keeps_base:
-            raise ConfigError(
-                f"the method '{self.recipe.method}' splits the base weight, which this version cannot apply"
-            )
-        return write_factors(model, self.factors, self.plan, adapter_name)
+        return write_factors(model, self.factors, self.plan, adapter_name, base)
 
     def _problems(self, name: str) -> list[str]:
         """What is wrong with one planned layer."""
@@ -222,17 +250,22 @@ class Artefact:
             for label, matrix in (("A", pair.a), ("B", pair.b))
             if not torch.isfinite(matrix).all()
         ]
-        if not problems and pair.effect == "keeps" and pair.b.count_nonzero() and pair.a.count_nonzero():
+        for label, tensor, shape in (
+            ("the quantised base", pair.base, (out_features, in_features)),
+            ("the magnitude", pair.magnitude, (out_features,)),
+        ):
+            if tensor is not None and tuple(tensor.shape) != shape:
+                problems.append(f"{label} of layer '{name}' has shape {tuple(tensor.shape)}, but {shape} is needed")
+            elif tensor is not None and not torch.isfinite(tensor).all():
+                problems.append(f"{label} of layer '{name}' holds NaN or Inf")
+        if pair.base is not None and pair.effect != "quantises":
+            problems.append(f"layer '{name}' has a quantised base, but is said not to use it")
+        if not problems and pair.effect == "keeps" and not _is_zero(pair):
             problems.append(f"layer '{name}' is said to keep the base model, but its B A is not zero")
         return problems
 
-    def _require_sound(self) -> None:
-        problems = self.verify()
-        if problems:
-            more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
-            raise VerificationError(f"{problems[0]}{more}; compute the artefact again")
-
-    def _as_record(self) -> dict[str, object]:
+    def _as_record(self, base: BaseOnDisk | None) -> dict[str, object]:
+        """Plain values for ``smartinit.json``; ``base`` is None where nothing is split."""
         return {
             "recipe": self.recipe.as_dict(),
             "recipe_digest": self.recipe.digest,
@@ -241,48 +274,27 @@ class Artefact:
             "targets": list(self.plan.ranks),  # the order, which sorted keys lose
             "config": self.config.to_dict(),
             "effects": {name: pair.effect for name, pair in self.factors.items()},
-            "layers": {
-                name: {"shape": layer.shape, "ratios": layer.ratios, "certificate": layer.certificate.as_dict()}
-                for name, layer in self.layers.items()
-            },
+            "trains": {name: pair.trains for name, pair in self.factors.items() if pair.trains != "both"},
+            "base": base,
+            "base_model": self.base_model,
+            "layers": {name: layer.as_dict() for name, layer in self.layers.items()},
             "sites": self.sites,
             "provenance": self.provenance,
             "timings": self.timings,
         }
 
+    def _require_sound(self) -> None:
+        problems = self.verify()
+        if problems:
+            more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+            raise VerificationError(f"{problems[0]}{more}; compute the artefact again")
 
-def _from_record(record: Mapping[str, Any], stored: Mapping[str, Factors]) -> Artefact:
-    """Put together what `_as_record` took apart; any exception means that the record is broken."""
-    order: list[str] = record["targets"]
-    plan = Plan.from_dict(record["plan"])
-    if set(order) != plan.ranks.keys() or order != list(dict.fromkeys(order)):
-        raise ValueError("targets and plan name different layers")
-    layers = {}
-    factors = {}
-    for name in order:
-        layer = record["layers"][name]
-        out_features, in_features = (int(size) for size in layer["shape"])
-        layers[name] = LayerSummary(
-            (out_features, in_features),
-            tuple(float(ratio) for ratio in layer["ratios"]),
-            Certificate(**layer["certificate"]),
-        )
-        pair = stored.get(name) or Factors(torch.zeros(0, in_features), torch.zeros(out_features, 0))
-        factors[name] = Factors(pair.a, pair.b, record["effects"][name])
-    if stored.keys() - factors.keys():
-        raise ValueError(f"{TENSOR_FILE} holds '{min(stored.keys() - factors.keys())}', which is not planned")
-    return Artefact(
-        recipe=Recipe.from_dict(record["recipe"]),
-        plan=Plan(
-            {name: plan.ranks[name] for name in order}, {name: plan.alphas[name] for name in order}, plan.use_rslora
-        ),
-        config=LoraConfig.from_dict(record["config"]),
-        factors=factors,
-        layers=layers,
-        sites=tuple(tuple(site) for site in record["sites"]),
-        provenance=record["provenance"],
-        timings=record["timings"],
-    )
+
+def _is_zero(pair: Factors) -> bool:
+    """Whether ``B A`` is zero, up to the rounding of matrices whose rows and columns cancel each other."""
+    a, b = pair.a.double(), pair.b.double()
+    product = ((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt()
+    return bool(product <= 64 * torch.finfo(pair.a.dtype).eps * a.norm() * b.norm())
 
 
 def _dtype(factors: Mapping[str, Factors]) -> torch.dtype:

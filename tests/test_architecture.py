@@ -41,9 +41,9 @@ TIERS = (
     # the only nn.Module code; it knows of no method and no planner
     tier("targets activations adapters", 0, 1, 3, 4),
     # the other file code
-    tier("data artefact store", 0, 1, 2, 3, 4, 5),
+    tier("data artefact artefact_record convert store", 0, 1, 2, 3, 4, 5),
     tier("streaming distributed", 0, 1, 2, 3, 4, 5, 6),
-    tier("pipeline collect hosts eva", 0, 1, 2, 3, 4, 5, 6, 7),
+    tier("pipeline collect gradients hosts eva", 0, 1, 2, 3, 4, 5, 6, 7),
     tier("report cli demo service __main__", 0, 1, 2, 3, 4, 5, 6, 7, 8),
 )
 HEIGHT = {unit: height for height, row in enumerate(TIERS) for unit in row.units}

@@ -272,13 +272,23 @@ def test_what_cannot_be_applied(artefact: si.Artefact, tiny_llama: Callable) -> 
     model = si.LoraModel(tiny_llama(num_hidden_layers=8), artefact.config)
     with pytest.raises(ConfigError, match="choose 'residual' or 'offset'"):
         artefact.apply(model, base="both")
-    name, pair = next(iter((n, p) for n, p in artefact.factors.items() if p.rank))
-    splitting = with_factors(artefact, name, pair.a, torch.ones_like(pair.b), effect="splits")
-    with pytest.raises(ConfigError, match="splits the base weight"):
-        splitting.apply(model)
     with pytest.raises(SmartinitError, match=r"no layer 'model\.layers\.8"):
         make(layers=9).apply(model)
     assert len(model.lora_layers()) == 24
+
+
+@pytest.mark.parametrize("base", ["residual", "offset"])
+def test_a_split_is_applied_as_the_caller_says(artefact: si.Artefact, base: str, tiny_llama: Callable) -> None:
+    name, pair = next(iter((n, p) for n, p in artefact.factors.items() if p.rank))
+    splitting = with_factors(artefact, name, pair.a, torch.ones_like(pair.b), effect="splits")
+    model = tiny_llama(num_hidden_layers=8)
+    before = model.get_submodule(name).weight.detach().clone()
+    model = si.LoraModel(model, artefact.config)
+    assert splitting.apply(model, base=base) is model
+    after = model.lora_layers()[name].weight
+    scaling = artefact.plan.scaling(name)
+    lost = splitting.factors[name].delta(scaling) if base == "residual" else torch.zeros_like(before)
+    torch.testing.assert_close(before - after, lost, rtol=1e-4, atol=1e-6)
 
 
 # --- verifying -----------------------------------------------------------------------------------------------------
@@ -343,7 +353,7 @@ LAYER = "model.layers.1.self_attn.q_proj"
         (["recipe"], None, ArtefactError, "incomplete or broken"),
         (["config"], {"r": -1}, ArtefactError, "incomplete or broken"),
         (["effects"], [], ArtefactError, "incomplete or broken"),
-        (["format"], 99, ArtefactError, "format 99, but this version reads format 1"),
+        (["format"], 99, ArtefactError, "format 99, but this version reads formats up to 2"),
         (["files"], None, ArtefactError, "no digests"),
     ],
 )

@@ -27,6 +27,7 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
         "compute": Verb("smartinit.cli.compute", "Compute the starting point of an adapter from a model and data."),
         "plan": Verb("smartinit.cli.plan", "Say what compute would do, without weights or data in memory."),
         "inspect": Verb("smartinit.cli.inspect", "Show what an adapter folder holds."),
+        "convert": Verb("smartinit.cli.convert", "Turn a trained split into plain LoRA for the unmodified base."),
         "doctor": Verb("smartinit.cli.doctor", "Show the environment, or verify an adapter by recomputing it."),
         "demo": Verb("smartinit.cli.demo", "Run the main job on the embedded model and data."),
     }

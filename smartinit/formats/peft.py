@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from smartinit.config import OWN_FIELDS, LoraConfig
@@ -24,23 +22,22 @@ from smartinit.errors import (
     MissingFileError,
     OutputError,
     SmartinitError,
-    VerificationError,
 )
-from smartinit.factors import Factors
 from smartinit.formats.files import write_file
 from smartinit.formats.patterns import compact_patterns, exact_target_modules
+from smartinit.formats.tensors import read_tensors, stored_tensors
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Mapping
 
+    from smartinit.factors import Factors
+    from smartinit.formats.tensors import Form, StoredTensors
     from smartinit.planning.plan import Plan
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 
-_PREFIX = "base_model.model."
-_A, _B = ".lora_A.weight", ".lora_B.weight"
 # What PEFT 0.21.2 writes besides the fields of LoraConfig, as it writes them for plain LoRA.
 _PLAIN_LORA = {
     "alora_invocation_tokens": None,
@@ -77,11 +74,15 @@ class StoredAdapter:
         folder: where it was read.
         config: its configuration.
         factors: module name -> ``a (r, in)``, ``b (out, r)``, in the file's order.
+        forms: module name -> how the file shows them.
+        others: every other tensor by its key, where those were asked for.
     """
 
     folder: Path
     config: LoraConfig
     factors: Mapping[str, Factors]
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    others: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def adapter_config(
@@ -105,11 +106,11 @@ def adapter_config(
     Warns:
         UserWarning: the configuration trains whole modules, whose weights are not in the folder.
     """
-    for field in _NEED_TENSORS:
-        if getattr(config, field):
+    for option in _NEED_TENSORS:
+        if getattr(config, option):
             warnings.warn(
-                f"{field}={getattr(config, field)!r} is left out of {CONFIG_FILE}, because a loader would look for "
-                f"those weights in the folder; give {field} to the trainer",
+                f"{option}={getattr(config, option)!r} is left out of {CONFIG_FILE}, because a loader would look for "
+                f"those weights in the folder; give {option} to the trainer",
                 stacklevel=3,
             )
     patterns = compact_patterns(plan)
@@ -135,27 +136,6 @@ def adapter_config(
     )
 
 
-def stored_tensors(factors: Mapping[str, Factors], *, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """The tensors of the file by PEFT's keys: rounded once to ``dtype``, each with its own memory.
-
-    Raises:
-        VerificationError: a value is not finite, before or after rounding.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    for name, pair in factors.items():
-        if pair.rank == 0:
-            continue
-        for suffix, matrix in ((_A, pair.a), (_B, pair.b)):
-            # A copy even where nothing is rounded: layers with a common input may share theirs, files may not.
-            stored = matrix.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
-            if not torch.isfinite(stored).all():
-                raise VerificationError(
-                    f"'{name}{suffix}' holds NaN or Inf as {str(dtype).removeprefix('torch.')}; it is not written"
-                )
-            tensors[f"{_PREFIX}{name}{suffix}"] = stored
-    return tensors
-
-
 def write_adapter(
     folder: str | os.PathLike[str],
     config: LoraConfig,
@@ -165,6 +145,7 @@ def write_adapter(
     base_model_name_or_path: str | None = None,
     dtype: torch.dtype = torch.float32,
     other_modules: Iterable[str] | None = None,
+    forms: Mapping[str, Form] | None = None,
 ) -> None:
     """Write the two files that PEFT loads, each in one step; the folder is made, other files in it stay.
 
@@ -176,6 +157,7 @@ def write_adapter(
         base_model_name_or_path: overrides the configuration's.
         dtype: of the tensors in the file.
         other_modules: names of all modules of the model, if known: see `exact_target_modules`.
+        forms: module name -> form in the file, for convolutions and embeddings.
 
     Raises:
         ConfigError: every target has rank 0; or the factors do not go with the plan.
@@ -190,26 +172,40 @@ def write_adapter(
             "come from one computation"
         )
     content = adapter_config(config, plan, base_model_name_or_path=base_model_name_or_path, other_modules=other_modules)
-    tensors = stored_tensors(factors, dtype=dtype)
+    write_files(folder, content, stored_tensors(factors, dtype=dtype, forms=forms))
+
+
+def write_files(folder: str | os.PathLike[str], config: Mapping[str, object], tensors: dict[str, torch.Tensor]) -> None:
+    """Write both files, the tensors first, each in one step; the folder is made, other files in it stay.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make folder '{path}': {error.strerror or error}") from error
     write_file(path / TENSOR_FILE, save_tensors(tensors, metadata={"format": "pt"}))
-    write_file(path / CONFIG_FILE, json.dumps(content, indent=2, sort_keys=True, allow_nan=False).encode())
+    write_file(path / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True, allow_nan=False).encode())
 
 
-def read_adapter(folder: str | os.PathLike[str]) -> StoredAdapter:
+def read_adapter(folder: str | os.PathLike[str], *, allow_others: bool = False) -> StoredAdapter:
     """Read an adapter folder of PEFT, this package's or anyone's; nothing in it is trusted, nothing is unpickled.
+
+    Args:
+        folder: the adapter folder.
+        allow_others: also take what is no LoRA matrix: biases, modules_to_save, trained tokens.
 
     Raises:
         MissingFileError: there is no such folder.
-        ArtefactError: a file is missing, broken, or holds something else than LoRA on linear layers.
+        ArtefactError: a file is missing, broken, or holds (unless allowed) something else than LoRA.
     """
     path = Path(folder)
     config = read_config(path, read_file(path / CONFIG_FILE))
-    return StoredAdapter(path, config, read_factors(path, read_file(path / TENSOR_FILE)))
+    content = read_file(path / TENSOR_FILE)
+    stored = read_tensors(path / TENSOR_FILE, content) if allow_others else read_factors(path, content)
+    return StoredAdapter(path, config, stored.factors, stored.forms, stored.others)
 
 
 def read_file(path: Path) -> bytes:
@@ -266,37 +262,17 @@ def read_config(folder: Path, content: bytes) -> LoraConfig:
         raise ArtefactError(f"'{path}' is no usable LoRA configuration: {error}") from error
 
 
-def read_factors(folder: Path, content: bytes) -> dict[str, Factors]:
-    """The factors in ``adapter_model.safetensors``.
+def read_factors(folder: Path, content: bytes) -> StoredTensors:
+    """The content of ``adapter_model.safetensors``, if it is nothing but LoRA.
 
     Raises:
-        ArtefactError: truncated or broken; a matrix without its partner; something else than LoRA on linear layers.
+        ArtefactError: truncated or broken; a matrix without its partner; other tensors than LoRA's.
     """
     path = folder / TENSOR_FILE
-    try:
-        tensors = load_tensors(content)
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise ArtefactError(f"'{path}' is no readable safetensors file ({error}); it is broken or truncated") from error
-    halves: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        suffix = next((ending for ending in (_A, _B) if key.endswith(ending)), None)
-        if suffix is None or tensor.ndim != 2 or not tensor.is_floating_point():  # noqa: PLR2004  (a matrix)
-            raise ArtefactError(
-                f"'{path}' holds '{key}' of shape {tuple(tensor.shape)} and {tensor.dtype}; expected only matrices "
-                f"named ...{_A} and ...{_B}"
-            )
-        halves.setdefault(key.removeprefix(_PREFIX).removesuffix(suffix), {})[suffix] = tensor
-    factors = {}
-    for name, pair in halves.items():
-        if pair.keys() != {_A, _B}:
-            raise ArtefactError(f"'{path}' holds only one of the two matrices of layer '{name}'")
-        a, b = pair[_A], pair[_B]
-        if a.shape[0] != b.shape[1] or a.shape[0] == 0:
-            raise ArtefactError(
-                f"'{path}' gives layer '{name}' an A of shape {tuple(a.shape)} and a B of shape {tuple(b.shape)}; "
-                "their rank must be the same and at least 1"
-            )
-        factors[name] = Factors(a, b)
-    if not factors:
-        raise ArtefactError(f"'{path}' holds no adapter weights")
-    return factors
+    stored = read_tensors(path, content)
+    for key, tensor in stored.others.items():
+        raise ArtefactError(
+            f"'{path}' holds '{key}' of shape {tuple(tensor.shape)} and {tensor.dtype}; expected only matrices named "
+            "...lora_A.weight, ...lora_B.weight and the like"
+        )
+    return stored

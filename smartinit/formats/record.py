@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 RECORD_FILE = "smartinit.json"
-FORMAT = 1
+START_FOLDER = "start"
+FORMAT = 2
+_READABLE = (1, 2)  # 1 knew linear layers that keep their base
 # The model card is not among them: people edit it, and it changes no result.
 CHECKED_FILES = (CONFIG_FILE, TENSOR_FILE)
+# A record is not trusted: it can make us read nothing but what an adapter folder may hold.
+_MAY_HOLD = re.compile(
+    rf"(?:{START_FOLDER}/)?(?:{re.escape(CONFIG_FILE)}|{re.escape(TENSOR_FILE)})|base-\d{{5}}-of-\d{{5}}\.safetensors"
+)
 
 
 def record_text(values: Mapping[str, object], folder: Path) -> bytes:
@@ -25,37 +32,84 @@ def record_text(values: Mapping[str, object], folder: Path) -> bytes:
 
     NaN and infinities (a rate over no time, say) become null, which JSON has a form for.
     """
-    files = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in CHECKED_FILES}
+    held = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    files = {name: _sha256(folder / name) for name in held if _MAY_HOLD.fullmatch(name)}
     content = {"format": FORMAT, **values, "files": files}
     return json.dumps(_plain(content), indent=1, sort_keys=True, allow_nan=False).encode()
 
 
 def read_record(folder: Path) -> tuple[dict[str, object], dict[str, bytes]]:
-    """The record, and the content of the files that it vouches for, checked against their digests.
+    """The record, and the content of the adapter's two files; everything is checked against its digests.
 
     Raises:
         MissingFileError: there is no such folder.
         ArtefactError: a file is missing or broken, or the format is unknown.
         VerificationError: a file is not the one that was written with the record.
     """
-    path = folder / RECORD_FILE
-    record = read_object(path, read_file(path))
-    if record.get("format") != FORMAT:
-        raise ArtefactError(
-            f"'{path}' has format {record.get('format')!r}, but this version reads format {FORMAT}; upgrade smartinit, "
-            "or load the folder with PEFT"
-        )
-    digests = record.get("files")
-    if not isinstance(digests, dict):
-        raise ArtefactError(f"'{path}' has no digests of the files beside it; it is broken")
+    record = read_record_only(folder)
     contents = {name: read_file(folder / name) for name in CHECKED_FILES}
+    digests = _digests(folder, record)
     for name, content in contents.items():
         if hashlib.sha256(content).hexdigest() != digests.get(name):
-            raise VerificationError(
-                f"'{folder / name}' is not the file that {RECORD_FILE} was written with: its sha256 differs; if it was "
-                "trained since, load it with PEFT or LoraModel.from_pretrained, else compute it again"
-            )
+            raise VerificationError(_changed(folder / name))
+    check_digests(folder, record)
     return record, contents
+
+
+def read_record_only(folder: Path) -> dict[str, object]:
+    """The record; the files beside it are not looked at.
+
+    Raises:
+        MissingFileError: there is no such folder.
+        ArtefactError: it is missing or broken, or its format is unknown.
+    """
+    path = folder / RECORD_FILE
+    record = read_object(path, read_file(path))
+    if record.get("format") not in _READABLE:
+        raise ArtefactError(
+            f"'{path}' has format {record.get('format')!r}, but this version reads formats up to {FORMAT}; upgrade "
+            "smartinit, or load the folder with PEFT"
+        )
+    _digests(folder, record)
+    return record
+
+
+def check_digests(folder: Path, record: Mapping[str, object], *, below: str | None = None) -> None:
+    """Hash the files of the record, in pieces, but for the adapter's own two; with ``below`` those in a sub-folder.
+
+    Raises:
+        ArtefactError: a file is missing.
+        VerificationError: a file is not the one that was written with the record.
+    """
+    for name, digest in _digests(folder, record).items():
+        if name in CHECKED_FILES or (below is not None and not name.startswith(f"{below}/")):
+            continue
+        if not (folder / name).is_file():
+            raise ArtefactError(f"'{folder / name}' is missing; the folder is not whole, so copy it again")
+        if _sha256(folder / name) != digest:
+            raise VerificationError(_changed(folder / name))
+
+
+def _digests(folder: Path, record: Mapping[str, object]) -> dict[str, object]:
+    digests = record.get("files")
+    if not isinstance(digests, dict) or not all(_MAY_HOLD.fullmatch(name) for name in digests):
+        raise ArtefactError(f"'{folder / RECORD_FILE}' has no digests of the files beside it; it is broken")
+    return digests
+
+
+def _changed(path: Path) -> str:
+    return (
+        f"'{path}' is not the file that {RECORD_FILE} was written with: its sha256 differs; if it was "
+        "trained since, load it with PEFT or LoraModel.from_pretrained, else compute it again"
+    )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _plain(value: object) -> object:

@@ -236,7 +236,7 @@ def test_a_broken_configuration_is_refused(folder: Path, content: bytes, message
         ({"q.lora_A.weight": torch.zeros(0, 4), "q.lora_B.weight": torch.zeros(4, 0)}, "at least 1"),
         ({"q.lora_A.weight": torch.zeros(2, 4, dtype=torch.int8)}, "expected only matrices"),
         ({"q.lora_A.weight": torch.zeros(2)}, "expected only matrices"),
-        ({"q.lora_magnitude_vector": torch.zeros(2)}, "expected only matrices"),
+        ({"q.lora_magnitude_vector": torch.zeros(2)}, "only one of the two matrices of layer 'q'"),
     ],
 )
 def test_other_tensors_are_refused(folder: Path, tensors: dict[str, torch.Tensor], message: str) -> None:
