@@ -28,7 +28,7 @@ def checked_weight(weight: Tensor | None, shape: tuple[int, int], method: str) -
 
     Raises:
         ConfigError: there is none, or it has another shape.
-        ModelError: it holds NaN or Inf, or is not of floating point.
+        ModelError: it holds NaN or Inf, is not of floating point, or has no numbers yet.
     """
     if weight is None:
         raise ConfigError(f"'{method}' decomposes the base weight and got none for a layer of shape {shape}")
@@ -36,6 +36,10 @@ def checked_weight(weight: Tensor | None, shape: tuple[int, int], method: str) -
         raise ConfigError(f"'{method}' was given a weight of shape {tuple(weight.shape)}, expected (out, in) = {shape}")
     if not weight.is_floating_point():
         raise ModelError(f"'{method}' needs the weight in floating point, not {weight.dtype}: load the original model")
+    if weight.is_meta:
+        raise ModelError(
+            f"'{method}' needs the numbers of a weight of shape {shape}, which is on the meta device: load it"
+        )
     if weight.numel():
         low, high = weight.detach().aminmax()  # NaN in any entry makes both NaN
         if not (bool(low.isfinite()) and bool(high.isfinite())):

@@ -141,7 +141,9 @@ def test_restarts_keep_what_was_found(seed, monkeypatch, no_dense):
 def test_exactly_n_steps_improve_with_n_and_beat_plain_power_steps(seed, no_dense):
     weight = decaying_weight(800, 700, decay=0.3, seed=seed).float()
     best = product_of_top_triplets(weight, 8)
-    errors = [relative_error(product(top_triplets(weight[None], 8, seeds=[seed], iterations=n)), best) for n in (1, 4, 16)]
+    errors = [
+        relative_error(product(top_triplets(weight[None], 8, seeds=[seed], iterations=n)), best) for n in (1, 4, 16)
+    ]
     assert errors[0] > errors[1] > errors[2]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
