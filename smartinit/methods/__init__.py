@@ -9,6 +9,7 @@ from smartinit.methods.base import Method
 from smartinit.methods.eva import Eva
 from smartinit.methods.gaussian import Gaussian
 from smartinit.methods.kaiming import Kaiming, Random
+from smartinit.methods.loftq import Loftq
 from smartinit.methods.lora_ga import LoraGa
 from smartinit.methods.lora_one import LoraOne
 from smartinit.methods.loram import Loram
@@ -29,6 +30,7 @@ _BUILT_IN: tuple[type[Method], ...] = (
     Mica,
     Olora,
     Pissa,
+    Loftq,
     LoraGa,
     LoraOne,
 )
