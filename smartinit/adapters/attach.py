@@ -198,10 +198,10 @@ def _write(one: Written, adapter_name: str, alpha: float, start: Any, base: Base
     b.copy_(one.factors.b.reshape(b.shape))
     _set_trained(layer, adapter_name, one.factors.trains)
     if one.factors.effect == "splits":
-        starts_of(layer)[adapter_name] = Start(
-            a.detach().flatten(1).clone(), b.detach().flatten(1).clone(), one.scaling, base
-        )
-        if base == "offset" and not isinstance(layer, LoraLayer):
+        ours = isinstance(layer, LoraLayer)
+        a, b = a.detach().flatten(1).clone(), b.detach().flatten(1).clone()  # type: ignore[assignment]
+        starts_of(layer)[adapter_name] = Start(a, b, one.scaling, base, persistent=ours and base == "offset")
+        if base == "offset" and not ours:
             subtract_start(layer)
 
 
@@ -213,6 +213,12 @@ def _set_trained(layer: Any, adapter_name: str, trains: Trains) -> None:  # noqa
     b.requires_grad_(trained and trains in ("b", "both"))
     if isinstance(layer, LoraLayer):
         layer.trains[adapter_name] = trains
+    elif hasattr(layer, "frozen_peft_weight_names"):  # what PEFT's `set_adapter` leaves frozen
+        embedding = adapter_name in layer.lora_embedding_A
+        names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+        frozen = {"a": names[1:], "b": names[:1], "both": ()}[trains]
+        others = {name: kept for name, kept in layer.frozen_peft_weight_names.items() if name != adapter_name}
+        layer.frozen_peft_weight_names = others | ({adapter_name: frozen} if frozen else {})
 
 
 def _change_base(one: Written, adapter_name: str, copies: BaseCopies) -> None:

@@ -67,7 +67,8 @@ def parts_of(layer: nn.Module) -> list[str]:
     """Attributes of a LoRA layer that keep something per adapter."""
     layer_names: tuple[str, ...] = layer.adapter_layer_names  # type: ignore[assignment]
     other_names: tuple[str, ...] = layer.other_param_names  # type: ignore[assignment]
-    return [*layer_names, *other_names, *(["lora_variant"] if hasattr(layer, "lora_variant") else [])]
+    more = [part for part in ("lora_variant", "start") if hasattr(layer, part)]
+    return list(dict.fromkeys([*layer_names, *other_names, *more]))
 
 
 def adapter_parameters(layer: nn.Module, adapter_name: str) -> list[nn.Parameter]:

@@ -7,7 +7,9 @@ pass subtracts the start of every active adapter, and so does the delta that PEF
 unloaded or without the adapter it is the base layer, as ever.
 
 What reads ``lora_A`` and ``lora_B`` by itself sees the trained matrices only: a folder written by ``save_pretrained``
-holds ``B A``, not ``B A - B₀ A₀`` (convert it), and ``add_weighted_adapter`` combines what the adapters are now.
+holds ``B A``, not ``B A - B₀ A₀`` (convert it, or write the start again before loading it), and
+``add_weighted_adapter`` combines what the adapters are now. The start is in no state dict, because PEFT would save it
+with the adapter and nobody could load that; it comes from the artefact.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from smartinit.adapters.host import factor_parameters
 from smartinit.adapters.kinds import low_rank_product
-from smartinit.adapters.start import start_of
+from smartinit.adapters.start import forget_start, start_of
 from smartinit.targets.weight import Target
 
 if TYPE_CHECKING:
@@ -83,6 +85,11 @@ class SubtractsStart:
         if start is None:
             return delta
         return delta - start.delta(Target.of(self.get_base_layer(), "base_layer"), delta.dtype).to(delta.device)
+
+    def delete_adapter(self: Any, adapter_name: str) -> None:
+        """The start goes with the adapter."""
+        forget_start(self, adapter_name)
+        super().delete_adapter(adapter_name)  # type: ignore[misc]
 
     def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:  # noqa: ANN401
         """For copies and pickles, which find no class that was made here."""

@@ -63,7 +63,7 @@ class _Snapshot:
     """What one layer keeps per adapter, and the values of one of them."""
 
     # Kept by an instance only once it differs from its class.
-    _NAMES = ("adapter_layer_names", "other_param_names")
+    _NAMES = ("adapter_layer_names", "other_param_names", "frozen_peft_weight_names")
 
     def __init__(self, layer: Any, adapter_name: str) -> None:  # noqa: ANN401  (a layer of this package or of PEFT)
         self.layer = layer

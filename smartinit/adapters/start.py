@@ -6,7 +6,7 @@ original weight was, nor express the trained adapter on it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -23,16 +23,23 @@ _PART = "start"
 class Start(nn.Module):
     """``A₀ (r, in)``, ``B₀ (out, r)`` as they were written, rounding included, and ``s₀``. Buffers: never trained.
 
-    With ``base="offset"`` the layer computes with them, so they are part of its state dict.
+    Args:
+        a: ``A₀``.
+        b: ``B₀``.
+        scaling: ``s₀``.
+        base: whether the base gave them up, or the layer subtracts them.
+        persistent: whether they are in the state dict.
     """
 
     a: torch.Tensor
     b: torch.Tensor
 
-    def __init__(self, a: torch.Tensor, b: torch.Tensor, scaling: float, base: Base) -> None:
+    def __init__(
+        self, a: torch.Tensor, b: torch.Tensor, scaling: float, base: Base, *, persistent: bool = False
+    ) -> None:
         super().__init__()
-        self.register_buffer("a", a, persistent=base == "offset")
-        self.register_buffer("b", b, persistent=base == "offset")
+        self.register_buffer("a", a, persistent=persistent)
+        self.register_buffer("b", b, persistent=persistent)
         self.scaling = scaling
         self.base: Base = base
 
@@ -58,15 +65,13 @@ class Start(nn.Module):
 
 
 def starts_of(layer: nn.Module) -> nn.ModuleDict:
-    """Adapter -> `Start` of a LoRA layer; a part of it like its other ones, which goes with the adapter."""
-    found = layer._modules.get(_PART)  # noqa: SLF001 - a layer of PEFT has none at first
+    """Adapter -> `Start` of a LoRA layer; one of PEFT has none at first."""
+    found = layer._modules.get(_PART)  # noqa: SLF001
     if isinstance(found, nn.ModuleDict):
         return found
     made = nn.ModuleDict()
-    kept: Any = layer
-    setattr(kept, _PART, made)
-    if _PART not in kept.other_param_names:
-        kept.other_param_names = (*kept.other_param_names, _PART)  # what `delete_adapter` goes through
+    # Not among its `other_param_names`: what is there, PEFT casts to the base layer's dtype when it loads weights.
+    layer.add_module(_PART, made)
     return made
 
 
