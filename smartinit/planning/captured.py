@@ -1,66 +1,75 @@
-"""Ranks from a target: the fewest directions of each layer that capture a share of its spectrum."""
+"""As many ranks as capture a wanted share of every layer's spectrum."""
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from smartinit.errors import ConfigError
 from smartinit.planning.limits import Limits
+from smartinit.planning.variance import variance_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    Ratios = Mapping[str, Sequence[float] | NDArray[np.float64]]
+
+_ROUND_OFF = 1e-9  # shares that add up to the target on paper may fall short of it by this much
+
 
 def captured_ranks(
-    ratios: Mapping[str, Sequence[float] | NDArray[np.float64]],
-    captured: float,
-    costs: Mapping[str, int],
-    limits: Limits | None = None,
+    ratios: Ratios, captured: float, costs: Mapping[str, int], limits: Limits | None = None
 ) -> dict[str, int]:
-    """The smallest rank of each target whose leading directions explain at least ``captured``.
+    """The smallest rank of each target whose leading directions capture a share of its total.
+
+    Rounded up to ``multiple_of``, within the limits, and at most as many as there are candidates: see `short_targets`.
+    An explicit budget that these ranks exceed is spent on the best of their directions, as `variance_ranks` does.
 
     Args:
         ratios: target -> explained shares, descending; as many as the target may get.
-        captured: the share, above 0 and at most 1.
+        captured: the share to reach, above 0, at most 1.
         costs: target -> parameters per rank, ``in + out``.
-        limits: bounds; ranks are rounded up to ``multiple_of``.
+        limits: budget and bounds.
 
     Returns:
-        target -> rank, in the order of ``ratios``; all its candidates where they do not reach the share (a warning
-        names these).
+        target -> rank, in the order of ``ratios``.
 
     Raises:
-        ConfigError: a share that cannot be; or the ranks take more than an explicit budget.
+        ConfigError: a share that cannot be, or bounds that cannot be kept.
+
+    Cost: linear in the number of candidates.
     """
-    limits = limits or Limits()
     if not 0 < captured <= 1:
-        raise ConfigError(f"captured={captured!r} cannot be: expected a share above 0, at most 1")
-    step, ranks, short = limits.multiple_of, {}, []
+        msg = f"captured={captured!r} cannot be: expected a share above 0, at most 1"
+        raise ConfigError(msg)
+    limits = limits or Limits()
+    ranks = {}
     for name, shares in ratios.items():
-        reached = np.cumsum(np.asarray(shares, dtype=np.float64))
-        # A sum of shares is 1 only up to round-off.
-        enough = np.flatnonzero(reached >= captured - 1e-9)
-        if not len(enough):
-            short.append(name)
-        wanted = (int(enough[0]) + 1) if len(enough) else len(reached)
-        ceiling = limits.ceiling(len(reached))
-        ranks[name] = max(limits.floor(name, len(reached)), min(-(-wanted // step) * step, ceiling))
-    if short:
-        warnings.warn(
-            f"{len(short)} of {len(ranks)} layers do not capture {captured:g} of their spectrum with all the directions "
-            f"they may have, for instance '{short[0]}'; raise max_rank",
-            stacklevel=2,
-        )
-    if limits.budget is not None or limits.params is not None:
-        budget, price = limits.allowance(ranks, costs)
-        spent = sum(rank * price[name] for name, rank in ranks.items())
-        if spent > budget:
-            raise ConfigError(
-                f"to capture {captured:g} of every layer takes {spent}, above the budget of {budget}; lower one of them"
-            )
-    return ranks
+        # A layer without variance has nothing to capture.
+        wanted = _reach(shares, captured) if np.any(shares) else 0
+        wanted = -(-wanted // limits.multiple_of) * limits.multiple_of
+        ceiling = limits.ceiling(len(shares))
+        ranks[name] = max(limits.floor(name, len(shares)), min(wanted, ceiling))
+    if limits.budget is None and limits.params is None:
+        return ranks
+    budget, price = limits.allowance(ranks, costs)
+    if sum(rank * price[name] for name, rank in ranks.items()) <= budget:
+        return ranks
+    return variance_ranks({name: ratios[name][: ranks[name]] for name in ratios}, ranks, costs, limits)
+
+
+def short_targets(ratios: Ratios, captured: float, ranks: Mapping[str, int]) -> dict[str, float]:
+    """Targets whose ranks capture less than the wanted share -> the share that they do capture.
+
+    Their candidates, or the limits, end before the target is reached. A layer without any variance is not among them.
+    """
+    found = {name: float(np.sum(shares[: ranks[name]])) for name, shares in ratios.items() if np.any(shares)}
+    return {name: share for name, share in found.items() if share < captured - _ROUND_OFF}
+
+
+def _reach(shares: Sequence[float] | NDArray[np.float64], captured: float) -> int:
+    """How many leading shares add up to ``captured``; all of them and one more if they never do."""
+    return int(np.searchsorted(np.cumsum(np.asarray(shares, dtype=np.float64)), captured - _ROUND_OFF)) + 1
