@@ -56,8 +56,10 @@ def main() -> None:
     artefacts = si.compute_many(model, configs, batches, max_batches=options.batches, show_progress_bar=False)
     total = time.perf_counter() - started
     forwards = passes.count
-    print(f"{name}: {len(layers)} layers, {forwards} forward passes of {options.batch_size}x{options.max_length}, "
-          f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}; {total:.1f} s in all\n")  # fmt: skip
+    print(
+        f"{name}: {len(layers)} layers, {forwards} forward passes of {options.batch_size}x{options.max_length}, "
+        f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}; {total:.1f} s in all\n"
+    )
     show(artefacts, ranks, options.json)
 
 

@@ -13,6 +13,7 @@ from smartinit.errors import ConfigError, VerificationError
 from smartinit.factors import Effect, Factors
 from smartinit.formats.convert import first_half, subtract_start
 from smartinit.formats.tensors import Form, Kind
+from smartinit.planning.gain import Gain
 from smartinit.planning.plan import Plan
 from smartinit.recipe import Recipe
 from smartinit.spectrum import Certificate
@@ -33,6 +34,7 @@ class LayerSummary:
         certificate: how far its directions can be trusted.
         kind: what stores the weight.
         kernel: sizes of a convolution's kernel.
+        gain: how far its first step of training goes, beside that of LoRA's own start; None without an adapter.
     """
 
     shape: tuple[int, int]
@@ -40,6 +42,7 @@ class LayerSummary:
     certificate: Certificate
     kind: Kind = "linear"
     kernel: tuple[int, ...] | None = None
+    gain: Gain | None = None
 
     def as_dict(self) -> dict[str, object]:
         """Plain values for JSON."""
@@ -49,6 +52,7 @@ class LayerSummary:
             "certificate": self.certificate.as_dict(),
             "kind": self.kind,
             "kernel": self.kernel,
+            "gain": None if self.gain is None else self.gain.as_dict(),
         }
 
     @property
@@ -158,4 +162,5 @@ def _layer_from_dict(layer: Mapping[str, Any]) -> LayerSummary:
         Certificate(**layer["certificate"]),
         kind,
         None if kernel is None else tuple(int(size) for size in kernel),
+        None if layer.get("gain") is None else Gain.from_dict(layer["gain"]),
     )

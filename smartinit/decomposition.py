@@ -110,12 +110,13 @@ def _computed(
     batches: dict[Any, list[list[Target]]] = {}
     for same in alike.values():
         limit = max(limits[t.name] for t in same)
-        batches.setdefault((same[0].shape, limit, same[0].device, same[0].dtype), []).append(same)
-    for (shape, limit, _, _), group in batches.items():
+        kind = (same[0].host, same[0].device, same[0].dtype)
+        batches.setdefault((same[0].shape, limit, kind), []).append(same)
+    for (shape, limit, (host, _, _)), group in batches.items():
         for start in range(0, len(group), _TOGETHER):
             some = group[start : start + _TOGETHER]
             leaders = [same[0] for same in some]
-            spectra = method.spectra(
+            spectra = method.on(host).spectra(
                 [_weight(t) if method.needs_weight else None for t in leaders],
                 [observed.statistic(job, t.name) for t in leaders],
                 limit,

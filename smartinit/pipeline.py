@@ -17,16 +17,15 @@ from smartinit.activations.rows import (
     prepare_layer_inputs_fn_language_modeling,
     prepare_model_inputs_fn_language_modeling,
 )
-from smartinit.artefact import Artefact, LayerSummary
-from smartinit.decomposition import decompose, layer_seed
+from smartinit.artefact import Artefact
+from smartinit.decomposition import decompose
 from smartinit.errors import ConfigError
-from smartinit.factors import default_factors
 from smartinit.initialisation import resolve_config, resolve_method
+from smartinit.layer_start import LayerStarts
 from smartinit.observation import Job, observe
 from smartinit.planning.limits import Limits
 from smartinit.rank_request import RankRequest
 from smartinit.recipe import Recipe
-from smartinit.spectrum import Certificate
 from smartinit.targets.select import check_ranks, select_targets
 
 if TYPE_CHECKING:
@@ -244,10 +243,11 @@ def _run(
         **options.capture,
     )
     decomposed = decompose(jobs, observed, seed=options.seed, show_progress_bar=options.show_progress_bar)
+    starts = LayerStarts(observed, seed=options.seed)
     artefacts = []
     for job, found in zip(jobs, decomposed, strict=True):
         started = time.perf_counter()
-        artefact = _artefact(model, job, found.spectra, observed, options)
+        artefact = _artefact(model, job, found.spectra, observed, starts, options)
         timings = {
             "activations": observed.seconds,
             "spectra": found.seconds,
@@ -275,15 +275,19 @@ def _job(model: nn.Module, config: Any, method: str | Method | None, options: _O
 
 
 def _artefact(
-    model: nn.Module, job: Job, spectra: Mapping[str, Spectrum], observed: Observed, options: _Options
+    model: nn.Module,
+    job: Job,
+    spectra: Mapping[str, Spectrum],
+    observed: Observed,
+    starts: LayerStarts,
+    options: _Options,
 ) -> Artefact:
     """The cheap half: ranks, then factors."""
     lora = job.request.config
     plan = job.request.plan({name: spectrum.ratios.tolist() for name, spectrum in spectra.items()})
     factors, layers = {}, {}
     for target in job.targets:
-        name = target.name
-        factors[name], layers[name] = _layer(job, target, plan, spectra.get(name), observed, options.seed)
+        factors[target.name], layers[target.name] = starts.of(job, target, plan, spectra.get(target.name))
     recipe = Recipe(
         method=job.method.name,
         options=job.method.options(),
@@ -308,33 +312,6 @@ def _artefact(
         provenance=_provenance(model, observed, options.provenance),
         timings={},
     )
-
-
-def _layer(
-    job: Job, target: Target, plan: Plan, spectrum: Spectrum | None, observed: Observed, seed: int
-) -> tuple[Factors, LayerSummary]:
-    """Factors of one layer and what is known of them."""
-    name, config = target.name, job.request.config
-    rank, scaling = plan.ranks[name], plan.scaling(name)
-    if spectrum is None:  # the layer never ran
-        out_features, in_features = target.shape
-        pair = default_factors(rank, in_features, out_features, seed=layer_seed(seed, name))
-        summary = LayerSummary(target.shape, (), Certificate(rows=0))
-    else:
-        pair = job.method.factors(spectrum, rank, scaling)
-        summary = LayerSummary(
-            target.shape, tuple(spectrum.ratios.tolist()), _certificate(job, name, rank, spectrum, observed)
-        )
-    trains: Any = "b" if config.frozen_a else job.method.trains if spectrum is not None else "both"
-    return replace(pair, trains=trains), summary
-
-
-def _certificate(job: Job, name: str, rank: int, spectrum: Spectrum, observed: Observed) -> Certificate:
-    """Of the directions that were kept; the statistic knows more than the spectrum."""
-    if job.method.needs != "activations":
-        return spectrum.certificate
-    site = observed.site_of[name]
-    return replace(site.statistic.certificate(rank), settled=site.names[0] in observed.settled)
 
 
 def _provenance(model: nn.Module, observed: Observed, extra: Mapping[str, Any] | None) -> dict[str, Any]:

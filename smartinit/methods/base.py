@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
@@ -99,6 +99,11 @@ class Method(ABC):
             rank: at most ``len(spectrum)``; 0 gives empty matrices.
             scaling: the layer's ``s`` in ``s·B A``.
         """
+
+    def on(self, host: str) -> Method:
+        """This method for one kind of layers: those that start embedding tables differently have a field for it."""
+        named = any(f.name == "embedding" for f in fields(self))
+        return replace(self, embedding=host == "embedding") if named else self  # type: ignore[call-arg]
 
     def options(self) -> dict[str, Any]:
         """Field values, for the recipe."""

@@ -70,7 +70,10 @@ def make_batches(host: str, count: int = 6) -> list[dict[str, torch.Tensor]]:
     """Random but fixed data; a third of the last row is padding."""
     generator = torch.Generator().manual_seed(SEED + 1)
     if host == "conv2d":
-        return [{"pixel_values": torch.randn(4, 3, 16, 16, generator=generator)} for _ in range(count)]
+        return [
+            {"pixel_values": torch.randn(4, 3, 16, 16, generator=generator), "labels": torch.arange(4) % 2}
+            for _ in range(count)
+        ]
     out = []
     for _ in range(count):
         ids = torch.randint(0, 64, (4, 24), generator=generator)

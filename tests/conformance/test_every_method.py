@@ -155,10 +155,7 @@ def train(model: torch.nn.Module, host: str, *, steps: int) -> None:
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     batches = suite.make_batches(host, steps)
     for i, batch in enumerate(batches):
-        inputs = dict(batch)
-        if host == "conv2d":
-            inputs["labels"] = torch.arange(4) % 2
-        loss = model(**inputs).loss
+        loss = model(**batch).loss
         assert loss.isfinite(), i
         loss.backward()
         optimiser.step()
