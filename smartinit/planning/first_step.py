@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from smartinit.factors import Factors
-    from smartinit.planning.moment import InputMoment
+    from smartinit.planning.moment import SecondMoment
 
 Optimiser = Literal["adam", "sgd"]
 
@@ -42,7 +42,7 @@ Optimiser = Literal["adam", "sgd"]
 def predict_step(
     factors: Factors,
     scaling: float,
-    moment: InputMoment,
+    moment: SecondMoment,
     lr: float,
     *,
     optimiser: Optimiser = "adam",
@@ -83,7 +83,7 @@ class StepTerms(NamedTuple):
     by_both: float
 
 
-def adam_terms(factors: Factors, moment: InputMoment) -> StepTerms:
+def adam_terms(factors: Factors, moment: SecondMoment) -> StepTerms:
     """Expected size of Adam's first step, by what makes it; see the module docstring."""
     a, b = factors.a.detach().double().to(moment.mean.device), factors.b.detach().double().to(moment.mean.device)
     seen = moment.times(a)
@@ -100,7 +100,7 @@ def adam_terms(factors: Factors, moment: InputMoment) -> StepTerms:
     return StepTerms(max(0.0, by_a), max(0.0, by_b), by_both)
 
 
-def sgd_energy(factors: Factors, moment: InputMoment) -> float:
+def sgd_energy(factors: Factors, moment: SecondMoment) -> float:
     """``E‖Δh‖² / (lr² s⁴ σ²)`` under SGD."""
     a, b = factors.a.detach().double().to(moment.mean.device), factors.b.detach().double().to(moment.mean.device)
     seen = moment.times(a)

@@ -1,7 +1,7 @@
 """How much further a start goes in its first step than LoRA's own does, and the learning rate that makes up for it.
 
 The yardstick is LoRA's own start (A uniform in ±1/√in, B zero) at the same rank and scaling, in expectation: under
-Adam ``out·r/(3 in)·[tr Σ + (r-1)·attraction]``, where `InputMoment.attraction` is close to ``(2/π) tr Σ²/tr Σ``; under
+Adam ``out·r/(3 in)·[tr Σ + (r-1)·attraction]``, where `SecondMoment.attraction` is close to ``(2/π) tr Σ²/tr Σ``; under
 SGD ``out·r/(3 in)²·[(tr Σ)² + (r+1) tr Σ²]``.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from smartinit.factors import Factors
-    from smartinit.planning.moment import InputMoment
+    from smartinit.planning.moment import SecondMoment
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,13 @@ class GainSummary:
         return asdict(self) | {"matching_lr": matching if math.isfinite(matching) else None}
 
 
-def gain_of(factors: Factors, scaling: float, moment: InputMoment) -> Gain:
+def gain_of(factors: Factors, scaling: float, moment: SecondMoment) -> Gain:
     """The gain of one layer's start; see `smartinit.planning.first_step`.
 
     Args:
         factors: ``a (r, in)``, ``b (out, r)``; matrices that are not trained make no step.
         scaling: the layer's s.
-        moment: of the layer's inputs; `InputMoment.isotropic` for data-free starts that nothing is known of.
+        moment: of the layer's inputs; `SecondMoment.isotropic` for data-free starts that nothing is known of.
 
     Cost: ``O(r n k)`` with k known directions, or ``O(r n²)`` with the whole moment; where B is not zero, ``O(m²)``
     for ``m = min(n, 512)``, once per moment.

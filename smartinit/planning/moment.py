@@ -20,7 +20,7 @@ _VECTORS = 256
 
 
 @dataclass(frozen=True, eq=False)
-class InputMoment:
+class SecondMoment:
     """``Σ = E[x xᵀ]``, about zero: whole, or as leading directions, a mean, and a rest spread evenly.
 
     Attributes:
@@ -42,13 +42,13 @@ class InputMoment:
     measured: bool = True
 
     @classmethod
-    def isotropic(cls, features: int) -> InputMoment:
+    def isotropic(cls, features: int) -> SecondMoment:
         """``Σ = I``: all that can be said of inputs nobody looked at."""
         none = torch.zeros(0, features, dtype=torch.float64)
         return cls(features, none, none[:, 0], torch.zeros(features, dtype=torch.float64), 1.0, measured=False)
 
     @classmethod
-    def of(cls, statistic: Any) -> InputMoment:  # noqa: ANN401 - a Statistic, or a Gram with its second_moment()
+    def of(cls, statistic: Any) -> SecondMoment:  # noqa: ANN401 - a Statistic, or a Gram with its second_moment()
         """From a statistic of activations: exact if it holds the whole moment; `isotropic` if it saw no row.
 
         Args:

@@ -13,7 +13,7 @@ from smartinit.factors import Factors
 from smartinit.methods.orthogonal import Orthogonal
 from smartinit.planning.first_step import predict_step
 from smartinit.planning.gain import Gain, gain_of, match_gain, summarise_gains
-from smartinit.planning.moment import InputMoment
+from smartinit.planning.moment import SecondMoment
 from smartinit.statistics.gram import GramStatistic
 
 _SPEC = importlib.util.spec_from_file_location("first_step", Path(__file__).parents[1] / "oracles" / "first_step.py")
@@ -31,7 +31,7 @@ def sigma(seed):
 def exact(matrix):
     """The moment of a layer whose inputs have the second moment ``matrix``."""
     zeros = torch.zeros(len(matrix), dtype=torch.float64)
-    return InputMoment(
+    return SecondMoment(
         len(matrix), zeros[:0].unsqueeze(1).expand(0, len(matrix)), zeros[:0], zeros, 0.0, torch.tensor(matrix)
     )
 
@@ -230,7 +230,7 @@ def test_nothing_moves_or_everything_moves_alike(pair, inputs):
 
 def test_without_data_inputs_are_taken_as_isotropic(seed):
     pair = factors_of(*start("pissa", np.eye(IN), seed))
-    gain = gain_of(pair, SCALING, InputMoment.isotropic(IN))
+    gain = gain_of(pair, SCALING, SecondMoment.isotropic(IN))
     assert not gain.measured
     assert gain.step == pytest.approx(gain_of(pair, SCALING, exact(np.eye(IN))).step)
 
@@ -263,5 +263,5 @@ def test_a_statistic_of_activations_gives_what_its_rows_do(seed):
     statistic.update(rows)
     a, b = start("eva", rows.T.double().numpy() @ rows.double().numpy(), seed)
     sigma = (rows.double().T @ rows.double() / 4000).numpy()
-    found = gain_of(factors_of(a, b), SCALING, InputMoment.of(statistic))
+    found = gain_of(factors_of(a, b), SCALING, SecondMoment.of(statistic))
     assert found.step == pytest.approx(gain_of(factors_of(a, b), SCALING, exact(sigma)).step, rel=1e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from smartinit.planning.moment import InputMoment
+from smartinit.planning.moment import SecondMoment
 from smartinit.statistics.gram import GramStatistic
 from smartinit.statistics.subspace import SubspacePCA
 
@@ -29,7 +29,7 @@ def moments(seed, *, centred=True):
         for chunk in rows.split(500):
             statistic.update(chunk)
         statistic.settle()
-        out.append(InputMoment.of(statistic))
+        out.append(SecondMoment.of(statistic))
     return *out, (rows.double().T @ rows.double() / len(rows))
 
 
@@ -55,7 +55,7 @@ def test_coherence_is_the_sum_over_all_pairs(n, seed):
     deviation = np.sqrt(np.diag(truth))
     correlation = np.clip(truth / np.outer(deviation, deviation), -1, 1)
     zeros = torch.zeros(n, dtype=torch.float64)
-    moment = InputMoment(n, zeros[:0].unsqueeze(1).expand(0, n), zeros[:0], zeros, 0.0, torch.tensor(truth))
+    moment = SecondMoment(n, zeros[:0].unsqueeze(1).expand(0, n), zeros[:0], zeros, 0.0, torch.tensor(truth))
     for t in (-1.0, -0.6, 0.0, 0.1, 0.4, 0.9, 1.0):
         expected = (truth * (2 / math.pi) * np.arcsin(t * correlation)).sum()
         assert float(moment.coherence(torch.tensor(t))) == pytest.approx(
@@ -64,7 +64,7 @@ def test_coherence_is_the_sum_over_all_pairs(n, seed):
 
 
 def test_isotropic_inputs():
-    moment = InputMoment.isotropic(10)
+    moment = SecondMoment.isotropic(10)
     assert (moment.trace, moment.square_trace, moment.measured) == (10, 10, False)
     assert moment.attraction == pytest.approx(2 / math.pi, rel=0.05)
     probe = torch.randn(3, 10)
@@ -73,14 +73,14 @@ def test_isotropic_inputs():
 
 
 def test_a_statistic_without_rows_says_nothing():
-    assert not InputMoment.of(GramStatistic(7)).measured
+    assert not SecondMoment.of(GramStatistic(7)).measured
 
 
 def test_constant_inputs():
     """All variance is in the mean."""
     statistic = SubspacePCA(20, 4)
     statistic.update(torch.ones(300, 20))
-    moment = InputMoment.of(statistic)
+    moment = SecondMoment.of(statistic)
     assert moment.trace == pytest.approx(20)
     assert moment.square_trace == pytest.approx(400)
     assert float(moment.coherence(torch.tensor(1.0))) == pytest.approx(400)
