@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from smartinit.linalg.threads import small_eigh
-from smartinit.linalg.triplets import Triplets, dense_triplets, with_fixed_signs, working_copy
+from smartinit.linalg.triplets import Triplets, dense_triplets, frobenius_norms, with_fixed_signs, working_copy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,21 +106,22 @@ def _iterate(weight: Tensor, options: _Options, block: int, seeds: list[int]) ->
     results: list[Triplets | None] = [None] * count
     places = list(range(count))
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    scale = torch.linalg.vector_norm(weight, dim=(1, 2), keepdim=True, dtype=torch.float64) / features**0.5
+    scale = frobenius_norms(weight) / features**0.5
     # In units of the root-mean-square singular value nothing over- or underflows.
-    scale = torch.where(scale > 0, scale, 1).to(weight.dtype)
-    state = _State(weight, scale, _noise(generators, block, weight))
+    scale = torch.where(scale > 0, scale, 1).to(weight.dtype).reshape(-1, 1, 1)
     exact, k = options.iterations, options.k
     last = (exact if exact is not None else options.max_steps - 1) + 1
     # Never the whole space: there would be no room for the waiting block.
-    largest = min(k + options.oversampling + _RESTART_AFTER * block, features - block)
-    due = max(k + 4 * block, 5 * block)
+    largest = min(k + options.oversampling + _RESTART_AFTER * block, features - block, last * block)
+    state = _State(weight, scale, _noise(generators, block, weight), largest)
+    due = max(k + 3 * block, 5 * block)
     for step in range(1, last + 1):
         state.grow(generators)
-        size = state.images.shape[1]
+        size = state.size
         if step < last and size < due and size + block <= largest:
             continue
-        due = size + 4 * block
+        # So often that the small eigenproblems take about as long as the products at most.
+        due = size + block * min(8, max(1, round(50 * size**3 / (4 * weight[0].numel() * block))))
         squared, vectors = state.rayleigh_ritz()
         accurate = state.accurate(squared, vectors, options, block)
         copies = _may_miss_copies(squared[:, :k].sqrt(), block)
@@ -146,36 +147,51 @@ def _iterate(weight: Tensor, options: _Options, block: int, seeds: list[int]) ->
 class _State:
     """The bases of the matrices that have not settled yet; everything is in units of ``scale``."""
 
-    def __init__(self, weight: Tensor, scale: Tensor, start: Tensor) -> None:
-        self.weight, self.scale = weight, scale
+    def __init__(self, weight: Tensor, scale: Tensor, start: Tensor, largest: int) -> None:
+        self.weight, self.scale, self.size = weight, scale, 0
         count, images, features = weight.shape
-        self.basis = weight.new_empty(count, 0, features)
-        self.images = torch.empty(count, 0, images, dtype=torch.float64, device=weight.device)
-        self.gram = torch.empty(count, 0, 0, dtype=torch.float64, device=weight.device)
+        # Room for the largest basis: growing by concatenation would copy everything in every step.
+        self.basis_room = weight.new_empty(count, largest, features)
+        self.images_room = weight.new_empty(count, largest, images, dtype=torch.float64)
+        self.gram_room = weight.new_empty(count, largest, largest, dtype=torch.float64)
         self.next = torch.linalg.qr(start.mT).Q.mT
-        self.remainder = torch.zeros_like(self.gram)
+        self.remainder = torch.zeros(count, 0, 0, dtype=torch.float64, device=weight.device)
+
+    @property
+    def basis(self) -> Tensor:
+        """``(s, D, n)`` orthonormal rows."""
+        return self.basis_room[:, : self.size]
+
+    @property
+    def images(self) -> Tensor:
+        """``(s, D, m)`` float64, the basis times Wᵀ."""
+        return self.images_room[:, : self.size]
+
+    @property
+    def gram(self) -> Tensor:
+        """``(s, D, D)`` float64, the inner products of the images."""
+        return self.gram_room[:, : self.size, : self.size]
 
     def grow(self, generators: list[torch.Generator]) -> None:
         """Add the waiting block to the basis and find the next."""
-        block = self.next
-        image = block @ self.weight.mT / self.scale
+        image = self.next @ self.weight.mT / self.scale
         product = image @ self.weight / self.scale
-        self.basis = torch.cat([self.basis, block], 1)
-        image64 = image.double()
-        self.images = torch.cat([self.images, image64], 1)
-        column = self.images @ image64.mT
-        size = column.shape[1] - column.shape[2]
-        self.gram = torch.cat([torch.cat([self.gram, column[:, :size]], 2), column.mT], 1)
-        size_of_round_off = torch.finfo(product.dtype).eps * torch.linalg.vector_norm(product, dim=(1, 2), keepdim=True)
-        product = product - (product @ self.basis.mT) @ self.basis
-        product = product - (product @ self.basis.mT) @ self.basis
+        added = slice(self.size, self.size + self.next.shape[1])
+        self.size = added.stop
+        self.basis[:, added], self.images[:, added] = self.next, image.double()
+        column = self.images @ self.images[:, added].mT
+        self.gram[:, :, added], self.gram[:, added, :] = column, column.mT
+        round_off = torch.finfo(product.dtype).eps * torch.linalg.vector_norm(product, dim=(1, 2), keepdim=True)
+        product = self._beside_the_basis(self._beside_the_basis(product))
         # Noise the size of round-off takes the place of directions that have run out (zero or rank-deficient W, many
         # equal singular values): the iteration goes on from there instead of dividing by zero.
-        fill = torch.where(size_of_round_off > 0, size_of_round_off, 1.0) / product.shape[-1] ** 0.5
-        orthonormal = torch.linalg.qr((product + fill * _noise(generators, product.shape[1], product)).mT).Q.mT
-        orthonormal = orthonormal - (orthonormal @ self.basis.mT) @ self.basis
-        self.next = torch.linalg.qr(orthonormal.mT).Q.mT
+        fill = torch.where(round_off > 0, round_off, 1.0) / product.shape[-1] ** 0.5
+        noisy = product + fill * _noise(generators, product.shape[1], product)
+        self.next = torch.linalg.qr(self._beside_the_basis(torch.linalg.qr(noisy.mT).Q.mT).mT).Q.mT
         self.remainder = (product @ self.next.mT).double()
+
+    def _beside_the_basis(self, rows: Tensor) -> Tensor:
+        return rows - (rows @ self.basis.mT) @ self.basis
 
     def rayleigh_ritz(self) -> tuple[Tensor, Tensor]:
         """Squared Ritz values ``(s, D)``, descending, and their vectors ``(s, D, D)`` in terms of the basis."""
@@ -226,14 +242,19 @@ class _State:
 
     def select(self, kept: list[int]) -> None:
         """Go on with some of the matrices."""
-        for name in ("weight", "scale", "basis", "images", "gram", "next", "remainder"):
-            setattr(self, name, getattr(self, name)[kept])
+        self.weight, self.scale = self.weight[kept], self.scale[kept]
+        self.basis_room, self.images_room, self.gram_room = (
+            room[kept] for room in (self.basis_room, self.images_room, self.gram_room)
+        )
+        self.next, self.remainder = self.next[kept], self.remainder[kept]
 
     def restart(self, vectors: Tensor) -> None:
         """Shrink the basis to its best Ritz vectors; their residuals all lie in the waiting block."""
-        self.basis = vectors.mT.to(self.basis.dtype) @ self.basis
-        self.images = vectors.mT @ self.images
-        self.gram = self.images @ self.images.mT
+        basis, images = vectors.mT.to(self.basis.dtype) @ self.basis, vectors.mT @ self.images
+        self.size = vectors.shape[-1]
+        self.basis.copy_(basis)
+        self.images.copy_(images)
+        self.gram.copy_(images @ images.mT)
 
 
 def _may_miss_copies(sigma: Tensor, block: int) -> Tensor:

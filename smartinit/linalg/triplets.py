@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 # Squared singular values below this share of the largest are round-off of a float64 Gram: the vectors that belong to
 # them on the side which the Gram is not of cannot be had by a product with W.
 _GRAM_FLOOR = 1e-13
+# Norms of rows whose squares float32 can hold without losing digits.
+_SQUARES_FROM, _SQUARES_TO = 1e-12, 1e18
 
 
 class Triplets(NamedTuple):
@@ -38,6 +40,17 @@ def working_copy(weight: Tensor) -> Tensor:
     """``weight`` in the precision of its products: float64 stays, everything else becomes float32."""
     weight = weight.detach()
     return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
+
+
+def frobenius_norms(weight: Tensor) -> Tensor:
+    """``(s,)`` float64 norms of ``(s, out, in)``; NaN or Inf where an entry is."""
+    # Row by row in the working precision, then in float64: no float64 copy of the whole.
+    rows = torch.linalg.vector_norm(working_copy(weight), dim=-1).double()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1)
+    lost = ~((norms > _SQUARES_FROM) & (norms < _SQUARES_TO))
+    for i in lost.nonzero().flatten().tolist():
+        norms[i] = torch.linalg.vector_norm(weight[i], dtype=torch.float64)
+    return norms
 
 
 def dense_triplets(weight: Tensor, k: int, *, smallest: bool = False) -> Triplets:

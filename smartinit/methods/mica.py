@@ -9,7 +9,7 @@ import torch
 
 from smartinit.factors import Factors
 from smartinit.methods.base import ALL_HOSTS, Method
-from smartinit.methods.split import checked_rank, checked_weight, minor_spectra
+from smartinit.methods.split import checked_rank, minor_spectra
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,8 +60,7 @@ class Mica(Method):
     ) -> list[Spectrum]:
         """`spectrum` of several layers of one shape."""
         del statistics
-        sound = [checked_weight(weight, shape, self.name) for weight in weights]
-        return minor_spectra(sound, limit, shape, seeds)
+        return minor_spectra(weights, limit, shape, seeds, self.name)
 
     def factors(self, spectrum: Spectrum, rank: int, scaling: float) -> Factors:
         """``b``: the ``rank`` minor left directions, orthonormal; ``a``: zeros. The scaling does not enter.

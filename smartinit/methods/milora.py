@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from smartinit.methods.base import ALL_HOSTS, Method
-from smartinit.methods.split import checked_weight, minor_spectra, split_triplets
+from smartinit.methods.split import minor_spectra, split_triplets
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,8 +56,7 @@ class MiLoRA(Method):
     ) -> list[Spectrum]:
         """`spectrum` of several layers of one shape."""
         del statistics
-        sound = [checked_weight(weight, shape, self.name) for weight in weights]
-        return minor_spectra(sound, limit, shape, seeds)
+        return minor_spectra(weights, limit, shape, seeds, self.name)
 
     def factors(self, spectrum: Spectrum, rank: int, scaling: float) -> Factors:
         """``b = U √(Σ/s)``, ``a = √(Σ/s) Vᵀ``.

@@ -10,8 +10,9 @@ import torch
 from smartinit.errors import ConfigError
 from smartinit.factors import Factors
 from smartinit.linalg.partial_qr import leading_qr, pivoted_qr
+from smartinit.linalg.triplets import working_copy
 from smartinit.methods.base import ALL_HOSTS, Method
-from smartinit.methods.split import checked_rank, checked_weight, energy
+from smartinit.methods.split import checked_rank, checked_weight, energies
 from smartinit.spectrum import Certificate, Spectrum
 
 if TYPE_CHECKING:
@@ -55,9 +56,10 @@ class Olora(Method):
         Cost: see `smartinit.linalg.partial_qr`.
         """
         del statistic, seed
-        sound = checked_weight(weight, shape, self.name)
+        sound = working_copy(checked_weight(weight, shape, self.name))
+        (total,) = energies(sound.unsqueeze(0), self.name)
         found = (pivoted_qr if self.pivoted else leading_qr)(sound, min(limit, *shape))
-        values, total = torch.linalg.vector_norm(found.rows, dim=1, dtype=torch.float64).cpu() ** 2, energy(sound)
+        values = torch.linalg.vector_norm(found.rows, dim=1, dtype=torch.float64).cpu() ** 2
         captured = min(1.0, float(values.sum()) / total) if total > 0 else None
         certificate = Certificate(rows=0, captured=captured, components=values.numel())
         return Spectrum(found.rows.float(), values, total, shape, certificate, found.basis.float())

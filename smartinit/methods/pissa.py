@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from smartinit.errors import ConfigError
 from smartinit.linalg.krylov import top_triplets
 from smartinit.methods.base import ALL_HOSTS, Method
-from smartinit.methods.split import checked_weight, energy, split_triplets, stacked, stacks, triplet_spectra
+from smartinit.methods.split import checked_weight, energies, split_triplets, stacked, stacks, triplet_spectra
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,15 +82,17 @@ class Pissa(Method):
         sound = [checked_weight(weight, shape, self.name) for weight in weights]
         spectra: list[Spectrum] = []
         for part in stacks(sound):
+            stack = stacked(sound[part])
+            totals = energies(stack, self.name)
             found = top_triplets(
-                stacked(sound[part]),
+                stack,
                 min(limit, *shape),
                 seeds=seeds[part],
                 tolerance=self.tolerance,
                 iterations=self.iterations,
                 oversampling=self.oversampling,
             )
-            spectra += triplet_spectra(found, [energy(weight) for weight in sound[part]], shape)
+            spectra += triplet_spectra(found, totals, shape)
         return spectra
 
     def factors(self, spectrum: Spectrum, rank: int, scaling: float) -> Factors:

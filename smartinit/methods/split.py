@@ -9,7 +9,7 @@ import torch
 from smartinit.errors import ConfigError, ModelError
 from smartinit.factors import Factors
 from smartinit.linalg.bottom import bottom_triplets
-from smartinit.linalg.triplets import working_copy
+from smartinit.linalg.triplets import frobenius_norms, working_copy
 from smartinit.spectrum import Certificate, Spectrum
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def checked_weight(weight: Tensor | None, shape: tuple[int, int], method: str) -
 
     Raises:
         ConfigError: there is none, or it has another shape.
-        ModelError: it holds NaN or Inf, is not of floating point, or has no numbers yet.
+        ModelError: it is not of floating point, or has no numbers yet.
     """
     if weight is None:
         raise ConfigError(f"'{method}' decomposes the base weight and got none for a layer of shape {shape}")
@@ -40,10 +40,6 @@ def checked_weight(weight: Tensor | None, shape: tuple[int, int], method: str) -
         raise ModelError(
             f"'{method}' needs the numbers of a weight of shape {shape}, which is on the meta device: load it"
         )
-    if weight.numel():
-        low, high = weight.detach().aminmax()  # NaN in any entry makes both NaN
-        if not (bool(low.isfinite()) and bool(high.isfinite())):
-            raise ModelError(f"'{method}' cannot decompose a weight of shape {shape} that holds NaN or Inf")
     return weight.detach()
 
 
@@ -56,15 +52,23 @@ def stacks(weights: Sequence[Tensor]) -> Iterator[slice]:
 
 
 def stacked(weights: Sequence[Tensor]) -> Tensor:
-    """``(s, out, in)`` in the precision of the products; a view when there is one weight only."""
+    """``(s, out, in)`` in the precision of the products; a view of a single float32 weight."""
     if len(weights) == 1:
-        return weights[0].unsqueeze(0)
+        return working_copy(weights[0]).unsqueeze(0)
     return torch.stack([working_copy(weight) for weight in weights])
 
 
-def energy(weight: Tensor) -> float:
-    """``‖W‖_F²``."""
-    return float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
+def energies(weight: Tensor, method: str) -> list[float]:
+    """``‖W‖_F²`` of every matrix of a stack ``(s, out, in)``.
+
+    Raises:
+        ModelError: one of them holds NaN or Inf.
+    """
+    norms = frobenius_norms(weight)
+    if not bool(norms.isfinite().all()):
+        shape = tuple(weight.shape[1:])
+        raise ModelError(f"'{method}' cannot decompose a weight of shape {shape} that holds NaN or Inf")
+    return [norm**2 for norm in norms.tolist()]
 
 
 def triplet_spectra(found: Triplets, totals: Sequence[float], shape: tuple[int, int]) -> list[Spectrum]:
@@ -86,13 +90,15 @@ def triplet_spectra(found: Triplets, totals: Sequence[float], shape: tuple[int, 
 
 
 def minor_spectra(
-    weights: Sequence[Tensor], limit: int, shape: tuple[int, int], seeds: Sequence[int]
+    weights: Sequence[Tensor | None], limit: int, shape: tuple[int, int], seeds: Sequence[int], method: str
 ) -> list[Spectrum]:
-    """The ``limit`` smallest triplets of every weight, ascending."""
+    """The ``limit`` smallest triplets of every weight, ascending; raises as `checked_weight` and `energies` do."""
+    sound = [checked_weight(weight, shape, method) for weight in weights]
     spectra: list[Spectrum] = []
-    for part in stacks(weights):
-        found = bottom_triplets(stacked(weights[part]), min(limit, *shape), seeds=seeds[part])
-        spectra += triplet_spectra(found, [energy(weight) for weight in weights[part]], shape)
+    for part in stacks(sound):
+        stack = stacked(sound[part])
+        totals = energies(stack, method)
+        spectra += triplet_spectra(bottom_triplets(stack, min(limit, *shape), seeds=seeds[part]), totals, shape)
     return spectra
 
 
