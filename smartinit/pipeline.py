@@ -34,13 +34,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from smartinit.activations.rows import ForwardFn, PrepareLayerInputs, PrepareModelInputs
-    from smartinit.factors import Factors
     from smartinit.methods.base import Method
     from smartinit.observation import Observed
-    from smartinit.planning.plan import Plan
     from smartinit.rank_request import Planner
     from smartinit.spectrum import Spectrum
-    from smartinit.targets.weight import Target
 
 
 def compute(

@@ -43,7 +43,17 @@ TIERS = (
     # the other file code
     tier("data artefact artefact_record convert store", 0, 1, 2, 3, 4, 5),
     tier("streaming distributed", 0, 1, 2, 3, 4, 5, 6),
-    tier("pipeline collect gradients hosts quantised eva", 0, 1, 2, 3, 4, 5, 6, 7),
+    tier(
+        "pipeline collect decomposition gradients initialisation layer_start observation quantised rank_request eva",
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+    ),
     tier("report cli demo service __main__", 0, 1, 2, 3, 4, 5, 6, 7, 8),
 )
 HEIGHT = {unit: height for height, row in enumerate(TIERS) for unit in row.units}
