@@ -25,6 +25,7 @@ class Certificate:
             that is kept, the quantity which ``tau`` bounds.
         settled: whether ``tau`` was reached before the data or ``max_batches`` ran out.
         components: number of leading directions that the figures are for.
+        damping: what was added to a singular second moment, as a share of its (mean) diagonal; 0: nothing.
     """
 
     rows: int
@@ -35,6 +36,7 @@ class Certificate:
     similarity: float | None = None
     settled: bool | None = None
     components: int = 0
+    damping: float | None = None
 
     def as_dict(self) -> dict[str, float | int | bool | None]:
         """Plain values for JSON."""

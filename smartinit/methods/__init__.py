@@ -6,17 +6,20 @@ from importlib.metadata import entry_points
 
 from smartinit.errors import ConfigError
 from smartinit.methods.base import Method
+from smartinit.methods.corda import Corda
 from smartinit.methods.eva import Eva
 from smartinit.methods.gaussian import Gaussian
 from smartinit.methods.kaiming import Kaiming, Random
 from smartinit.methods.loftq import Loftq
 from smartinit.methods.lora_ga import LoraGa
+from smartinit.methods.lora_null import LoraNull
 from smartinit.methods.lora_one import LoraOne
 from smartinit.methods.loram import Loram
 from smartinit.methods.mica import Mica
 from smartinit.methods.milora import MiLoRA
 from smartinit.methods.olora import Olora
 from smartinit.methods.orthogonal import Orthogonal
+from smartinit.methods.output_pca import OutputPca
 from smartinit.methods.pissa import Pissa
 
 _BUILT_IN: tuple[type[Method], ...] = (
@@ -30,6 +33,9 @@ _BUILT_IN: tuple[type[Method], ...] = (
     Mica,
     Olora,
     Pissa,
+    Corda,
+    OutputPca,
+    LoraNull,
     Loftq,
     LoraGa,
     LoraOne,

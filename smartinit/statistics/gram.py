@@ -12,6 +12,7 @@ from smartinit.linalg.threads import small_eigh
 from smartinit.spectrum import Certificate
 from smartinit.statistics.cost import BLOCK_ROWS
 from smartinit.statistics.energy import without_round_off
+from smartinit.statistics.panels import Panels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,32 +29,44 @@ class GramStatistic:
 
     Args:
         features: d.
-        centred: remove the mean.
+        centred: remove the mean, in everything but `second_moment`, which has both.
         block_rows: rows after which the other half is fed and convergence is looked at.
         device: where the state lives.
+        moments_only: one sum of all the data, and no look at convergence: half the memory, and no ``O(d³)`` work
+            until directions are asked for. For methods that read `second_moment` alone.
 
-    Cost: ``2 b d²`` flops per b rows; ``O(d³)`` whenever directions are asked for; memory ``2 d²`` doubles.
+    Cost: ``b d²`` flops per b rows; ``O(d³)`` whenever directions are asked for, and for every block unless
+    ``moments_only``; memory ``d²`` doubles (half of it with ``moments_only``).
     """
 
     def __init__(
-        self, features: int, *, centred: bool = True, block_rows: int = BLOCK_ROWS, device: torch.device | str = "cpu"
+        self,
+        features: int,
+        *,
+        centred: bool = True,
+        block_rows: int = BLOCK_ROWS,
+        device: torch.device | str = "cpu",
+        moments_only: bool = False,
     ) -> None:
         self.features = features
         self.components = features
         self.centred = centred
         self.block_rows = block_rows
-        zeros = torch.zeros(2, features, dtype=torch.float64, device=device)
-        self._shift = zeros[0].float()
-        self._counts = [0, 0]
-        self._sums = zeros
-        self._moments = zeros.unsqueeze(-1).repeat(1, 1, features)
+        self.moments_only = moments_only
+        halves = 1 if moments_only else 2
+        zeros = torch.zeros(features, dtype=torch.float64, device=device)
+        self._panels = Panels(features)
+        self._shift = zeros.float()
+        self._counts = [0] * halves
+        self._sums = zeros.repeat(halves, 1)
+        self._moments = zeros.new_zeros(halves, self._panels.size)
         self._block = 0
         self._in_block = 0
         self._cosines: Tensor | None = None  # between the last two estimates
-        self._basis = zeros[0].unsqueeze(1)
+        self._basis = zeros.unsqueeze(1)
         self._decomposed_rows = self._compared_rows = -1
         self._half_bases: list[Tensor] = []
-        self._values = zeros[0]
+        self._values = zeros
 
     @property
     def rows(self) -> int:
@@ -70,30 +83,41 @@ class GramStatistic:
     @property
     def total(self) -> float:
         """Trace of `matrix`."""
-        return without_round_off(max(0.0, float(self.matrix().trace())), self.rows, self.mean)
+        u, v = self._to_origin(self._sums.sum(0), self.rows, centred=self.centred)
+        trace = sum(self._panels.trace(moment) for moment in self._moments) + 2 * float(u @ v)
+        return without_round_off(max(0.0, trace), self.rows, self.mean)
 
     def matrix(self) -> Tensor:
         """``(d, d)`` float64: ``Σ (x-μ)(x-μ)ᵀ``, or ``Σ x xᵀ`` if not centred."""
-        return self._scatter(self._moments.sum(0), self._sums.sum(0), self.rows)
+        return self.second_moment(centred=self.centred)
+
+    def second_moment(self, centred: bool = False) -> Tensor:
+        """``(d, d)`` float64 ``Σ x xᵀ`` of all rows, or ``Σ (x-μ)(x-μ)ᵀ``, whatever the statistic itself does.
+
+        Cost: ``O(d²)``; the matrix is made anew by every call.
+        """
+        moment = self._moments[0] if self.moments_only else self._moments.sum(0)
+        return self._about(moment, self._sums.sum(0), self.rows, centred=centred)
 
     def update(self, rows: Tensor) -> None:
         """Add rows ``(b, d)``.
 
         Raises:
-            FloatingPointError: NaN or Inf in the rows; nothing was added then.
+            FloatingPointError: NaN or Inf in the rows, or squares that overflow; nothing was added then.
         """
-        if self.rows == 0 and self.centred:
-            self._shift = rows.mean(0, dtype=torch.float32)
-        shifted = rows - self._shift
-        chunks = [(c.double().sum(0), (c.mT @ c).double()) for c in shifted.split(_CHUNK_ROWS)]
-        if not all(math.isfinite(float(moment.trace())) for _, moment in chunks):
-            if self.rows == 0:
-                self._shift = torch.zeros_like(self._shift)
-            raise FloatingPointError
-        half = self._block % 2
-        for total, moment in chunks:
-            self._sums[half] += total
-            self._moments[half] += moment
+        if not rows.shape[0]:
+            return
+        shift = self._shift if self.rows else rows.mean(0, dtype=torch.float32)
+        chunks = rows.split(_CHUNK_ROWS)
+        shifted = chunks[0] - shift
+        for i, chunk in enumerate(chunks):
+            _refuse_overflow(chunk - shift if i else shifted)
+        half = 0 if self.moments_only else self._block % 2
+        self._shift = shift
+        for i, chunk in enumerate(chunks):
+            shifted = chunk - shift if i else shifted
+            self._sums[half] += shifted.sum(0, dtype=torch.float64)
+            self._panels.add_rows(self._moments[half], shifted)
         self._counts[half] += rows.shape[0]
         self._in_block += rows.shape[0]
 
@@ -106,7 +130,8 @@ class GramStatistic:
         """Close the block: look at the step from the last estimate, then feed the other half."""
         if not self._in_block:
             return
-        self._decompose()
+        if not self.moments_only:
+            self._decompose()
         self._block += 1
         self._in_block = 0
 
@@ -118,7 +143,7 @@ class GramStatistic:
         """Add the rows of ``other``: exact.
 
         Raises:
-            ValueError: other features or centring.
+            ValueError: other features, centring or halves.
         """
         if (self.features, self.centred) != (other.features, other.centred):
             msg = (
@@ -126,13 +151,16 @@ class GramStatistic:
                 f"(centred: {self.centred}, {other.centred})"
             )
             raise ValueError(msg)
+        if self.moments_only != other.moments_only:
+            msg = "cannot merge a statistic that keeps halves of its data with one that has moments_only"
+            raise ValueError(msg)
         if self.rows == 0:
-            self._shift = other._shift.to(self._shift)
+            self._shift = other._shift.to(self._shift, copy=True)
         gap = (other._shift.to(self._shift) - self._shift).double()
         for half, count in enumerate(other._counts):
             total = other._sums[half].to(gap)
-            cross = torch.outer(total, gap)
-            self._moments[half] += other._moments[half].to(gap) + cross + cross.mT + count * torch.outer(gap, gap)
+            self._moments[half] += other._moments[half].to(gap)
+            self._panels.add_outer(self._moments[half], gap, total + count / 2 * gap)
             self._sums[half] += total + count * gap
             self._counts[half] += count
         self._block = max(self._block, other._block)
@@ -173,8 +201,9 @@ class GramStatistic:
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that restore this statistic."""
+        numbers = [self.features, self.centred, self.block_rows, self._block, self._in_block, self.moments_only]
         return {
-            "meta": torch.tensor([self.features, self.centred, self.block_rows, self._block, self._in_block]),
+            "meta": torch.tensor(numbers),
             "counts": torch.tensor(self._counts),
             "shift": self._shift,
             "sums": self._sums,
@@ -185,21 +214,32 @@ class GramStatistic:
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> GramStatistic:
         """The inverse of `state`."""
-        features, centred, block_rows, block, in_block = (int(v) for v in state["meta"])
-        new = cls(features, centred=bool(centred), block_rows=block_rows, device=state["sums"].device)
+        features, centred, block_rows, block, in_block, moments_only = (int(v) for v in state["meta"])
+        new = cls(
+            features,
+            centred=bool(centred),
+            block_rows=block_rows,
+            device=state["sums"].device,
+            moments_only=bool(moments_only),
+        )
         new._block, new._in_block = block, in_block
         new._counts = [int(c) for c in state["counts"]]
         new._shift, new._sums, new._moments = (state[n].clone() for n in ("shift", "sums", "moments"))
-        if new.rows:
+        if new.rows and not moments_only:
             new._decompose()
         new._cosines = None if bool((state["cosines"] < 0).all()) else state["cosines"].clone()
         return new
 
-    def _scatter(self, moment: Tensor, total: Tensor, rows: int) -> Tensor:
-        """Second moment about the mean from one about the shift (which is zero if not centred)."""
-        if not self.centred or not rows:
-            return moment
-        return moment - torch.outer(total, total) / rows
+    def _about(self, moment: Tensor, total: Tensor, rows: int, *, centred: bool) -> Tensor:
+        """Dense second moment about the mean or about zero, from one about the shift."""
+        return self._panels.dense(moment, self._to_origin(total, rows, centred=centred))
+
+    def _to_origin(self, total: Tensor, rows: int, *, centred: bool) -> tuple[Tensor, Tensor]:
+        """``u, v`` such that ``u vᵀ + v uᵀ`` takes a second moment from the shift to the mean or to zero."""
+        if centred:
+            return total / (-2 * max(rows, 1)), total
+        shift = self._shift.double()
+        return shift, total + rows / 2 * shift
 
     def _decompose(self) -> None:
         if self._decomposed_rows != self.rows:
@@ -212,9 +252,9 @@ class GramStatistic:
 
     def _compare_halves(self, k: int) -> tuple[float | None, float | None]:
         """Captured variance of one half's directions on the other, and the angle between the two, in degrees."""
-        if not all(self._counts) or not k:
+        if self.moments_only or not all(self._counts) or not k:
             return None, None
-        scatters = [self._scatter(self._moments[i], self._sums[i], self._counts[i]) for i in (0, 1)]
+        scatters = [self._about(self._moments[i], self._sums[i], self._counts[i], centred=self.centred) for i in (0, 1)]
         if self._compared_rows != self.rows:
             self._half_bases, self._compared_rows = [_eigh(s)[1] for s in scatters], self.rows
         bases = [basis[:, :k] for basis in self._half_bases]
@@ -230,3 +270,14 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (descending, clamped at 0) and vectors of a symmetric matrix."""
     values, vectors = small_eigh(matrix)
     return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def _refuse_overflow(rows: Tensor) -> None:
+    """No entry of ``Σ x xᵀ`` is larger than its trace: if that is finite in the rows' precision, all of it is.
+
+    Raises:
+        FloatingPointError: it is not.
+    """
+    energy = torch.linalg.vector_norm(rows, dim=1).square().sum()
+    if not math.isfinite(float(energy)):
+        raise FloatingPointError
