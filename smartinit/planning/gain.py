@@ -2,7 +2,8 @@
 
 The yardstick is LoRA's own start (A uniform in ±1/√in, B zero) at the same rank and scaling, in expectation: under
 Adam ``out·r/(3 in)·[tr Σ + (r-1)·attraction]``, where `SecondMoment.attraction` is close to ``(2/π) tr Σ²/tr Σ``; under
-SGD ``out·r/(3 in)²·[(tr Σ)² + (r+1) tr Σ²]``.
+SGD ``out·r/(3 in)²·[(tr Σ)² + (r+1) tr Σ²]``. For embedding tables, whose inputs are unit vectors, it is A zero and B
+normal: ``r·[out + (2/π)(r-1)]·tr Σ`` and ``r·out·(out+r+1)·tr Σ²``.
 """
 
 from __future__ import annotations
@@ -94,22 +95,20 @@ class GainSummary:
         return asdict(self) | {"matching_lr": matching if math.isfinite(matching) else None}
 
 
-def gain_of(factors: Factors, scaling: float, moment: SecondMoment) -> Gain:
+def gain_of(factors: Factors, scaling: float, moment: SecondMoment, *, embedding: bool = False) -> Gain:
     """The gain of one layer's start; see `smartinit.planning.first_step`.
 
     Args:
         factors: ``a (r, in)``, ``b (out, r)``; matrices that are not trained make no step.
         scaling: the layer's s.
         moment: of the layer's inputs; `SecondMoment.isotropic` for data-free starts that nothing is known of.
+        embedding: the layer is an embedding table, where LoRA itself starts with A zero and B normal.
 
     Cost: ``O(r n k)`` with k known directions, or ``O(r n²)`` with the whole moment; where B is not zero, ``O(m²)``
     for ``m = min(n, 512)``, once per moment.
     """
-    terms, rank = adam_terms(factors, moment), factors.rank
-    variance = 1 / (3 * moment.features)  # of an entry of the yardstick's A
-    pairs = (rank - 1) * moment.attraction if rank > 1 else 0.0
-    reference = factors.b.shape[0] * rank * variance * (moment.trace + pairs)
-    reference_sgd = factors.b.shape[0] * rank * variance**2 * (moment.trace**2 + (rank + 1) * moment.square_trace)
+    terms = adam_terms(factors, moment)
+    reference, reference_sgd = _yardstick(*factors.b.shape, moment, embedding=embedding)
     return Gain(
         step=abs(scaling) * math.sqrt(sum(terms)),
         reference=abs(scaling) * math.sqrt(reference),
@@ -165,6 +164,17 @@ def summarise_gains(gains: Iterable[Gain]) -> GainSummary | None:
         overall=math.hypot(*(gain.step for gain in active)) / math.hypot(*(gain.reference for gain in active)),
         measured=all(gain.measured for gain in active),
     )
+
+
+def _yardstick(out_features: int, rank: int, moment: SecondMoment, *, embedding: bool) -> tuple[float, float]:
+    """Expected ``E‖Δh‖² / (lr² s²)`` under Adam, and ``/ (lr² s⁴ σ²)`` under SGD, of LoRA's own start."""
+    if embedding:
+        adam = rank * (out_features + 2 / math.pi * max(rank - 1, 0)) * moment.trace
+        return adam, rank * out_features * (out_features + rank + 1) * moment.square_trace
+    variance = 1 / (3 * moment.features)  # of an entry of A
+    pairs = (rank - 1) * moment.attraction if rank > 1 else 0.0
+    adam = out_features * rank * variance * (moment.trace + pairs)
+    return adam, out_features * rank * variance**2 * (moment.trace**2 + (rank + 1) * moment.square_trace)
 
 
 def _exchange(by_a: float, by_b: float, both: float, wanted: float) -> tuple[float, float]:

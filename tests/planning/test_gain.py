@@ -110,6 +110,19 @@ def test_the_yardstick_is_the_average_of_loras_own_starts(decay, offset, seed):
     assert gain.relative_sgd == pytest.approx(mine / average, rel=0.2)
 
 
+def test_the_yardstick_of_an_embedding_table_is_its_own_start(seed):
+    """A zero, B normal; inputs are unit vectors."""
+    sigma = np.diag(np.random.default_rng(seed).dirichlet(np.ones(IN)))
+    ours, peers = [], []
+    for i in range(20):
+        b = np.random.default_rng(seed + i).normal(size=(OUT, RANK))
+        gain = gain_of(factors_of(np.zeros((RANK, IN)), b), SCALING, exact(sigma), embedding=True)
+        ours.append(gain.relative)
+        peers.append(gain.relative_sgd)
+    assert np.mean(ours) == pytest.approx(1.0, rel=0.03)
+    assert np.mean(peers) == pytest.approx(1.0, rel=0.05)
+
+
 def test_the_formula_of_the_design(seed):
     """B = 0 and uncorrelated rows: s·lr·√(out·tr(A Σ Aᵀ)); EVA's gain is √(Σλ / (r·trΣ/3n)) times LoRA's own."""
     values = np.arange(1, IN + 1) ** -1.0
