@@ -17,7 +17,7 @@ from smartinit.formats.card import converted_card
 from smartinit.formats.files import new_folder, write_file
 from smartinit.formats.patterns import compact_patterns
 from smartinit.formats.peft import CONFIG_FILE, TENSOR_FILE, read_adapter, read_file, read_object, write_files
-from smartinit.formats.record import RECORD_FILE
+from smartinit.formats.record import START_FOLDER
 from smartinit.formats.start import read_start
 from smartinit.formats.tensors import stored_tensors
 from smartinit.targets.sharing import users_of_weights
@@ -83,7 +83,7 @@ def convert_adapter(
     Cost: O((in + out)·r²) per layer; no matrix of a layer's size is formed.
     """
     trained = read_adapter(trained_folder, allow_others=True)
-    if start_folder is None and not (trained.folder / RECORD_FILE).is_file():
+    if start_folder is None and not (trained.folder / START_FOLDER).is_dir():
         raise ConfigError(
             f"'{trained.folder}' keeps no start of its own; name the folder that the training began with as start"
         )

@@ -78,10 +78,10 @@ def convert(
     ranks, alphas, errors, factors = {}, {}, {}, {}
     missing = total = 0.0
     for name, pair in trained.factors.items():
-        scaling = _scaling(trained.config, name, pair.rank)
+        scaling = scaling_for(trained.config, name, pair.rank)
         exact = pair
         if _gives_up(start, name):
-            before = _scaling(start.config, name, start.factors[name].rank)  # type: ignore[arg-type]  # it splits
+            before = scaling_for(start.config, name, start.factors[name].rank)  # type: ignore[arg-type]  # it splits
             if not scaling:
                 raise ConfigError(f"layer '{name}' of '{trained.folder}' has lora_alpha=0, so nothing can be converted")
             exact = subtract_start(_wide(pair), _wide(start.factors[name]), before / scaling)
@@ -154,6 +154,11 @@ def doubled_config(config: LoraConfig) -> LoraConfig:
     return twin
 
 
+def scaling_for(config: LoraConfig, name: str, rank: int) -> float:
+    """The factor ``s`` that a configuration gives to a module whose adapter has this rank."""
+    return alpha_for(config, name) / (math.sqrt(rank) if config.use_rslora else rank)
+
+
 def _check_layers(trained: StoredAdapter, start: Start) -> None:
     quantised = next((name for name, effect in start.effects.items() if effect == "quantises"), None)
     if quantised is not None:
@@ -187,10 +192,6 @@ def _check_layers(trained: StoredAdapter, start: Start) -> None:
 def _gives_up(start: Start, name: str) -> bool:
     """Whether the base of this layer has given anything up."""
     return start.effects.get(name) == "splits" and name in start.factors and has_product(start.factors[name])
-
-
-def _scaling(config: LoraConfig, name: str, rank: int) -> float:
-    return alpha_for(config, name) / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def _wide(pair: Factors) -> Factors:

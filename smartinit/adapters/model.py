@@ -6,16 +6,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
+from smartinit.adapters.conversion import convert, scaling_for, subtract_mutated_init
 from smartinit.adapters.kinds import wrap
 from smartinit.adapters.layer import LoraLayer, bare_module_names
+from smartinit.adapters.state import adapter_state, fill, remember_starts, residual_starts
 from smartinit.config import LoraConfig
 from smartinit.errors import ArtefactError, ConfigError, ModelError, UnknownNameError
-from smartinit.factors import Factors
-from smartinit.formats.peft import read_adapter, write_adapter
-from smartinit.planning.plan import Plan
+from smartinit.formats.peft import CONFIG_FILE, StoredAdapter, read_adapter, write_adapter
+from smartinit.formats.record import START_FOLDER
+from smartinit.formats.start import read_start
+from smartinit.formats.tensors import stored_tensors
 from smartinit.targets.patterns import alpha_for, rank_for
 from smartinit.targets.select import select_targets
 from smartinit.targets.weight import ALL_HOSTS
@@ -24,7 +26,10 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Sequence
 
-    from smartinit.formats.peft import StoredAdapter
+    import torch
+
+    from smartinit.adapters.conversion import Conversion
+    from smartinit.adapters.state import AdapterState
 
 # Fields of LoraConfig that ask for more than plain LoRA layers; silence would train something else.
 _UNSUPPORTED = {
@@ -157,26 +162,75 @@ class LoraModel(nn.Module):
             parameter.requires_grad = True
         return self.model
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], path_initial_model_for_weight_conversion: str | None = None
+    ) -> None:
         """Write every adapter as a PEFT folder: ``default`` into ``folder``, others into sub-folders of their name.
+
+        An adapter that was applied with ``base="offset"`` is written as plain LoRA for the base as it is. One whose
+        base gave its start up keeps that start in the sub-folder ``start``.
+
+        Args:
+            folder: where to.
+            path_initial_model_for_weight_conversion: the folder that training started from: what is written is then
+                plain LoRA of twice the rank for the unmodified base, see `smartinit.convert.convert_adapter`.
 
         Raises:
             OutputError: the folder cannot be written.
+            ArtefactError: the start is for another model or other layers.
         """
+        modules = bare_module_names(self.model)
         for adapter_name, config in self.peft_config.items():
+            path = Path(folder) if adapter_name == "default" else Path(folder) / adapter_name
             layers = {name: layer for name, layer in self.lora_layers().items() if layer.has(adapter_name)}
+            base_model = config.base_model_name_or_path or getattr(self.model, "name_or_path", None)
+            written: AdapterState | Conversion
+            if path_initial_model_for_weight_conversion is None:
+                written = state = adapter_state(layers, adapter_name)
+                start = residual_starts(layers, adapter_name)
+            else:
+                start, state = None, adapter_state(layers, adapter_name, plain=False)
+                origin = read_start(path_initial_model_for_weight_conversion)
+                written = convert(StoredAdapter(path, config, state.factors, state.forms), origin)
+                base_model = origin.base_model or base_model
+            if start is not None and START_FOLDER in self.peft_config and adapter_name == "default":
+                raise ConfigError(f"rename the adapter '{START_FOLDER}': its folder would be that of the start")
             write_adapter(
-                Path(folder) if adapter_name == "default" else Path(folder) / adapter_name,
+                path,
                 config,
-                Plan(
-                    {name: layer.r[adapter_name] for name, layer in layers.items()},
-                    {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()},
-                    use_rslora=config.use_rslora,
-                ),
-                {name: Factors(*layer.matrices(adapter_name)) for name, layer in layers.items()},
-                base_model_name_or_path=config.base_model_name_or_path or getattr(self.model, "name_or_path", None),
-                other_modules=bare_module_names(self.model),
+                written.plan,
+                written.factors,
+                base_model_name_or_path=base_model,
+                other_modules=modules,
+                forms=state.forms,
             )
+            if start is not None:
+                write_adapter(path / START_FOLDER, config, start.plan, start.factors, forms=start.forms)
+
+    def subtract_mutated_init(
+        self,
+        output_state_dict: dict[str, torch.Tensor],
+        adapter_name: str,
+        kwargs: object = None,
+    ) -> dict[str, torch.Tensor]:
+        """A trained split as plain LoRA of twice the rank, in memory: see `smartinit.adapters.conversion`.
+
+        Args:
+            output_state_dict: the trained adapter, by the keys of its file.
+            adapter_name: an adapter of this model that still is as it was before the training.
+            kwargs: as in PEFT's signature; not used.
+
+        Raises:
+            UnknownNameError: there is no such adapter.
+            ArtefactError: the two are for different layers.
+        """
+        del kwargs
+        config = self._config(adapter_name)
+        layers = {name: layer for name, layer in self.lora_layers().items() if layer.has(adapter_name)}
+        state = adapter_state(layers, adapter_name, plain=False)
+        return subtract_mutated_init(
+            output_state_dict, stored_tensors(state.factors, dtype=None, forms=state.forms), config
+        )
 
     @classmethod
     def from_pretrained(
@@ -260,7 +314,6 @@ class LoraModel(nn.Module):
             if not layer.r:
                 self.model.set_submodule(name, layer.base_layer)
 
-    @torch.no_grad()
     def _fill(self, adapter_name: str, stored: StoredAdapter) -> None:
         """Copy a file's tensors into an adapter that was made from the same file's configuration.
 
@@ -268,21 +321,11 @@ class LoraModel(nn.Module):
             ArtefactError: names or shapes do not fit this model.
         """
         layers = {name: layer for name, layer in self.lora_layers().items() if layer.has(adapter_name)}
-        if layers.keys() != stored.factors.keys():
-            odd = sorted(layers.keys() ^ stored.factors.keys())
-            raise ArtefactError(
-                f"the adapter in '{stored.folder}' does not fit this model: {len(odd)} layers have an adapter in only "
-                f"one of them, for instance '{odd[0]}'; was it made for another model?"
-            )
-        for name, layer in layers.items():
-            pair = stored.factors[name]
-            for weight, tensor in zip(layer.matrices(adapter_name), (pair.a, pair.b), strict=True):
-                if weight.shape != tensor.shape:
-                    raise ArtefactError(
-                        f"the adapter in '{stored.folder}' holds a matrix of shape {tuple(tensor.shape)} for layer "
-                        f"'{name}', where this model takes {tuple(weight.shape)}; was it made for another model?"
-                    )
-                weight.copy_(tensor)
+        fill(layers, adapter_name, stored)
+        if (stored.folder / START_FOLDER / CONFIG_FILE).is_file():
+            start = read_adapter(stored.folder / START_FOLDER)
+            scalings = {name: scaling_for(start.config, name, pair.rank) for name, pair in start.factors.items()}
+            remember_starts(layers, adapter_name, start, scalings)
 
     def _config(self, adapter_name: str) -> LoraConfig:
         if adapter_name not in self.peft_config:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 from smartinit.errors import ArtefactError, ConfigError, MissingFileError
 from smartinit.factors import Effect
-from smartinit.formats.peft import TENSOR_FILE, read_adapter
+from smartinit.formats.peft import CONFIG_FILE, TENSOR_FILE, read_adapter
 from smartinit.formats.record import RECORD_FILE, START_FOLDER, check_digests, read_record_only
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def read_start(folder: str | os.PathLike[str]) -> Start:
     path = Path(folder)
     if not path.is_dir():
         raise MissingFileError(f"there is no folder '{path}'; name the adapter folder that the training started from")
-    if not (path / RECORD_FILE).is_file():
-        return _of_peft(path)
+    if not (path / RECORD_FILE).is_file():  # a model of this package may have written it, and kept its start
+        return _of_peft(path / START_FOLDER if (path / START_FOLDER / CONFIG_FILE).is_file() else path)
     record = read_record_only(path)
     effects = _effects(path, record.get("effects"))
     if record.get("base") == "doubled":
