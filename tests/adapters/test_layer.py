@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
-from smartinit.adapters.kinds import Conv1D, Linear, wrap
+from smartinit.adapters.host import factor_parameters
+from smartinit.adapters.kinds import Conv1D, Linear, low_rank_product, wrap
 from smartinit.adapters.layer import bare_module_names
 from smartinit.config import LoraConfig
 from smartinit.errors import ConfigError
@@ -174,3 +176,92 @@ def test_names_before_wrapping(tiny_llama: Callable) -> None:
     attention.q_proj = wrap("q_proj", attention.q_proj)
     attention.q_proj.update_layer("default", 2, 4, LoraConfig())
     assert bare_module_names(model) == before
+
+
+OTHERS = {
+    "conv2d": (lambda: nn.Conv2d(4, 10, (2, 3), stride=(1, 2), padding=1), (2, 4, 6, 7)),
+    "embedding": (lambda: nn.Embedding(9, 10, padding_idx=0), None),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_kinds_compute_what_pefts_do(kind: str, dtype: torch.dtype, seed: int) -> None:
+    peft_layer = pytest.importorskip("peft.tuners.lora.layer")
+    from peft import LoraConfig as PeftConfig
+
+    torch.manual_seed(seed)
+    make, size = OTHERS[kind]
+    base = make().to(dtype)
+    x = torch.randint(0, 9, (2, 5)) if size is None else torch.randn(size, dtype=dtype)
+    ours = wrap("x", base)
+    ours.update_layer("default", 3, 6.0, LoraConfig(r=3))
+    ours.set_adapter(["default"])
+    peft_kind = peft_layer.Embedding if size is None else peft_layer.Conv2d
+    theirs = peft_kind(base, "default", config=PeftConfig(r=3, lora_alpha=6), r=3, lora_alpha=6)
+    pairs = [ours.matrices("default"), factor_parameters(theirs, "default")]
+    assert torch.equal(ours(x), base(x))
+    for mine, other in zip(*pairs, strict=True):
+        assert mine.shape == other.shape
+        assert mine.dtype == torch.float32
+        nn.init.normal_(mine)
+        other.data = mine.detach().clone()
+    results = []
+    for layer, matrices in zip((ours, theirs), pairs, strict=True):
+        y = layer(x)
+        y.float().square().mean().backward()
+        results.append((y, *(matrix.grad for matrix in matrices)))
+    assert all(torch.equal(*both) for both in zip(*results, strict=True))
+    assert results[0][0].dtype == dtype
+    ours_keys = {key for key in ours.state_dict() if "lora_" in key}
+    assert ours_keys == {key for key in theirs.state_dict() if "lora_" in key}
+
+
+@pytest.mark.parametrize("options", [{"padding": 1, "padding_mode": "circular"}, {"dilation": 2}, {"padding": "same"}])
+def test_a_convolution_pads_and_spreads_as_its_base_does(options: dict[str, object], seed: int) -> None:
+    torch.manual_seed(seed)
+    base = nn.Conv2d(2, 4, 3, bias=False, **options)
+    layer = wrap("x", base)
+    layer.update_layer("default", 2, 4.0, LoraConfig(r=2))
+    layer.set_adapter(["default"])
+    a, b = layer.matrices("default")
+    nn.init.normal_(b)
+    merged = copy.deepcopy(base)
+    merged.weight.data += 2.0 * (b.flatten(1) @ a.flatten(1)).view_as(merged.weight)
+    x = torch.randn(1, 2, 8, 8)
+    torch.testing.assert_close(layer(x), merged(x))
+    torch.testing.assert_close(
+        low_rank_product(base, x, a.flatten(1), b.flatten(1)) * 2.0 + base(x), merged(x), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("scale", [2.5, torch.tensor(2.5)])
+def test_an_embedding_that_scales_its_output(scale: object) -> None:
+    class Scaled(nn.Embedding):
+        embed_scale = scale
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * scale
+
+    layer = wrap("x", Scaled(6, 4))
+    layer.update_layer("default", 2, 2.0, LoraConfig(r=2, init_lora_weights=False))
+    layer.set_adapter(["default"])
+    a, b = layer.matrices("default")
+    merged = copy.deepcopy(layer.base_layer)
+    merged.weight.data += (b @ a).T
+    torch.testing.assert_close(layer(torch.arange(6)), merged(torch.arange(6)))
+    assert layer.bias is None
+
+
+def test_the_default_start_of_an_embedding_is_pefts() -> None:
+    layer = wrap("x", nn.Embedding(50, 40))
+    layer.update_layer("default", 4, 4.0, LoraConfig(r=4))
+    a, b = layer.matrices("default")
+    assert a.count_nonzero() == 0
+    assert b.std().item() == pytest.approx(1, rel=0.2)
+
+
+@pytest.mark.parametrize("module", [nn.Conv2d(4, 4, 1, groups=2), nn.Conv1d(4, 4, 1), nn.LayerNorm(4)])
+def test_other_modules_are_refused(module: nn.Module) -> None:
+    with pytest.raises(ConfigError, match=f"'x' is a {type(module).__name__}; adapters exist for"):
+        wrap("x", module)

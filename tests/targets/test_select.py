@@ -354,6 +354,69 @@ def test_a_match_that_is_no_linear_layer_is_refused_with_the_reason(entry, reaso
         select_targets(Everything(), LoraConfig(target_modules=["fc", entry]))
 
 
+ALL = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+
+
+def test_other_kinds_of_layers_when_they_are_asked_for():
+    model = Everything()
+    targets = select_targets(model, LoraConfig(target_modules=["embed", "conv", "fc"]), hosts=ALL)
+    assert [(t.name, t.host, t.shape) for t in targets] == [
+        ("embed", "embedding", (4, 8)),
+        ("conv", "conv2d", (4, 4)),
+        ("fc", "linear", (4, 4)),
+    ]
+    for everything in (LoraConfig(target_modules="all-linear"), LoraConfig()):
+        assert names(select_targets(model, everything, hosts=ALL, none_means="all")) == ["block.0", "fc"]
+
+
+@pytest.mark.parametrize("wrap", ["plain", "peft", "native"])
+def test_adapters_of_other_kinds_when_they_are_asked_for(peft, wrap):
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(8, 4)
+            self.conv = nn.Conv2d(4, 4, 1)
+            self.fc = nn.Linear(4, 4)
+
+    from smartinit import LoraModel
+
+    config = {"r": 2, "target_modules": ["embed", "conv", "fc"]}
+    model = Mixed()
+    if wrap != "plain":
+        model = (
+            LoraModel(model, LoraConfig(**config))
+            if wrap == "native"
+            else peft.get_peft_model(model, peft.LoraConfig(**config))
+        )
+        assert names(select_targets(model)) == ["fc"]
+        assert names(select_targets(model, adapter_name="default", hosts=frozenset({"embedding"}))) == ["embed"]
+        with pytest.raises(TargetError, match="none of the model's 3 adapter layers is around one of conv1d"):
+            select_targets(model, hosts=frozenset({"conv1d"}))
+    targets = select_targets(model, LoraConfig(**config), adapter_name=None, hosts=ALL)
+    assert names(targets) == ["embed", "conv", "fc"]
+    assert [t.shape for t in targets] == [(4, 8), (4, 4), (4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (nn.Conv2d(4, 4, 1, groups=2), "a convolution with groups=2"),
+        (nn.Conv1d(4, 4, 1), "a Conv1d, which is another kind"),
+        (nn.Embedding(8, 4, max_norm=1.0), "an embedding with max_norm"),
+        (nn.LayerNorm(4), "a LayerNorm"),
+    ],
+)
+def test_a_kind_that_cannot_be_is_named(module, reason):
+    model = nn.ModuleDict({"odd": module, "fc": nn.Linear(4, 4)})
+    with pytest.raises(TargetError, match=rf"none of conv1d, conv2d, embedding, linear: 'odd' is {reason}"):
+        select_targets(model, LoraConfig(target_modules=["odd", "fc"]), hosts=ALL)
+
+
+def test_a_kind_that_the_method_has_no_mathematics_for_is_named():
+    with pytest.raises(TargetError, match=r"none of embedding: 'conv' is a convolution; 'fc' is a Linear"):
+        select_targets(Everything(), LoraConfig(target_modules=["embed", "conv", "fc"]), hosts=frozenset({"embedding"}))
+
+
 def test_all_linear_takes_only_layers_that_are_called():
     """The projection inside nn.MultiheadAttention never sees a forward call, so an adapter there would do nothing."""
     assert names(select_targets(Everything(), LoraConfig(target_modules="all-linear"))) == ["block.0", "fc"]

@@ -31,6 +31,59 @@ def target(request):
     return Target.of(nn.Linear(3, 5) if request.param == "linear" else conv1d(5, 3), "fc")
 
 
+def channels_last() -> nn.Module:
+    return nn.Conv2d(4, 5, (2, 3), stride=(1, 2), padding=1, dilation=(1, 2)).to(memory_format=torch.channels_last)
+
+
+CONVOLUTIONS = {
+    "plain": lambda: nn.Conv2d(4, 5, (2, 3)),
+    "strided": lambda: nn.Conv2d(4, 5, (2, 3), stride=2, padding=1, bias=False),
+    "channels_last": channels_last,
+}
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_a_convolution_multiplies_patches_by_its_matrix(kind):
+    layer = CONVOLUTIONS[kind]()
+    target = Target.of(layer, "conv")
+    assert (target.host, target.shape, target.stored_shape) == ("conv2d", (5, 24), (5, 4, 2, 3))
+    x = torch.randn(2, 4, 7, 8)
+    patches = nn.functional.unfold(x, (2, 3), layer.dilation, layer.padding, layer.stride)
+    expected = layer(x).flatten(2) - (0 if layer.bias is None else layer.bias[:, None])
+    torch.testing.assert_close(target.weight() @ patches, expected)
+
+
+def test_an_embedding_multiplies_one_hot_columns_by_its_matrix():
+    layer = nn.Embedding(7, 4, padding_idx=0)
+    target = Target.of(layer, "embed")
+    assert (target.host, target.shape, target.stored_shape) == ("embedding", (4, 7), (7, 4))
+    tokens = torch.tensor([3, 0, 6])
+    one_hot = nn.functional.one_hot(tokens, 7).float()
+    torch.testing.assert_close(one_hot @ target.weight().T, layer(tokens))
+    assert target.weight().data_ptr() == layer.weight.data_ptr()
+
+
+@pytest.mark.parametrize("kind", [*CONVOLUTIONS, "embedding"])
+def test_subtract_changes_convolutions_and_embeddings_in_place(kind):
+    layer = nn.Embedding(24, 5) if kind == "embedding" else CONVOLUTIONS[kind]()
+    target = Target.of(layer, "x")
+    before, parameter, strides = target.weight().clone(), layer.weight, layer.weight.stride()
+    delta = torch.randn(target.shape)
+    target.subtract_(delta)
+    assert layer.weight is parameter
+    assert layer.weight.stride() == strides
+    torch.testing.assert_close(target.weight(), before - delta)
+    with pytest.raises(ModelError, match=r"what is to be subtracted is \(2, 2\)"):
+        target.subtract_(torch.zeros(2, 2))
+
+
+def test_what_is_packed_says_its_shape():
+    assert Target.of(packed_parameter(), "fc").stored_shape == (4, 6)
+    assert Target.of(nn.Embedding(7, 4, device="meta"), "e").shape == (4, 7)
+    assert Target.of(nn.Conv2d(4, 5, (2, 3), device="meta"), "c").shape == (5, 24)
+    assert Target.of(nn.Embedding(7, 4, device="meta"), "e").storage is None
+
+
 def test_the_weight_multiplies_from_the_left(target):
     x = torch.randn(7, 3)
     assert target.shape == tuple(target.weight().shape) == (5, 3)
