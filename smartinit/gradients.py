@@ -61,6 +61,7 @@ class CollectedGradients:
     passes: int = 0
 
 
+@torch.inference_mode(mode=False)
 def collect_gradients(
     model: nn.Module,
     targets: Sequence[Target],

@@ -65,6 +65,8 @@ class _Tap(torch.autograd.Function):
 
 
 def _tap(output: Tensor, layer_input: Tensor, anchor: Tensor, feed: Callable[[Tensor, Tensor], None] | None) -> Tensor:
+    if output.requires_grad and output.is_leaf:  # somebody's hook made it one, and no leaf is changed in place
+        output = output.clone()
     tapped: Tensor = _Tap.apply(output, layer_input, anchor, feed)  # type: ignore[no-untyped-call]
     return tapped
 

@@ -287,14 +287,15 @@ def _through_random(y: Tensor, z: Tensor, left: Tensor) -> tuple[Tensor, Tensor,
 def _through_bases(y: Tensor, z: Tensor, right: Tensor, left: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """SVD of everything that is known of G when both bases are orthonormal: ``L``'s rows and ``P``'s columns of it."""
     small = left.mT @ y
-    y_new, z_new = y - left @ small, (z - small @ right.mT).mT
-    q_left, r_left = torch.linalg.qr(y_new)
-    q_right, r_right = torch.linalg.qr(z_new)
-    rows, columns = small.shape
-    core = small.new_zeros(rows + r_left.shape[0], columns + r_right.shape[0])
-    core[:rows, :columns], core[rows:, :columns], core[:rows, columns:] = small, r_left, r_right.mT
+    width = small.shape[0]
+    # Householder, so that the basis is orthonormal even where Y adds nothing but round-off to L.
+    q_left, r_left = torch.linalg.qr(torch.cat([left, y], 1))
+    q_right, r_right = torch.linalg.qr(torch.cat([right, z.mT], 1))
+    old_left, new_left = r_left[:, :width], r_left[:, width:]
+    old_right, new_right = r_right[:, : right.shape[1]], r_right[:, right.shape[1] :]
+    core = (new_left - old_left @ small) @ old_right.mT + old_left @ new_right.mT
     u, s, v = torch.linalg.svd(core, full_matrices=False)
-    return torch.cat([left, q_left], 1) @ u, s, v @ torch.cat([right, q_right], 1).mT, _residuals(y, z, small)
+    return q_left @ u, s, v @ q_right.mT, _residuals(y, z, small)
 
 
 def _residuals(y: Tensor, z: Tensor, small: Tensor) -> Tensor:
