@@ -62,6 +62,16 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 2e-5) -> 
     return float((ours - theirs).abs().max()) <= tolerance * float(theirs.abs().max())
 
 
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """A start and what was trained from it."""
+    one = llama()
+    artefact = split_start(one, si.LoraConfig(r=4, lora_alpha=6), [4])
+    artefact.save(tmp_path / "start")
+    peft.PeftModel.from_pretrained(one.make(), tmp_path / "start").save_pretrained(tmp_path / "trained")
+    return tmp_path
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True},
@@ -87,13 +97,13 @@ def test_converted_after_training_it_computes_the_same_on_the_base(
     case: Callable[[], Case], options: str, tmp_path: Path
 ) -> None:
     one = case()
-    artefact = split_start(one, si.LoraConfig(r=4, lora_alpha=6, **OPTIONS[options]), [4, 2, 3])
+    artefact = split_start(one, si.LoraConfig(r=4, lora_alpha=6, **OPTIONS[options]), [4, 2, 3, 0])
     after = trained_folder(one, artefact, tmp_path)
     assert not close(after, one.outputs(one.make()), 0.05), "it has learnt something"
     conversion = convert_adapter(tmp_path / "trained", tmp_path / "start", tmp_path / "plain")
     assert close(on_the_base(one, tmp_path / "plain"), after)
     assert conversion.error == 0
-    assert dict(conversion.plan.ranks) == {name: 2 * rank for name, rank in artefact.plan.ranks.items()}
+    assert dict(conversion.plan.ranks) == {n: 2 * rank for n, rank in artefact.plan.ranks.items() if rank}
     for name in conversion.plan.ranks:
         assert conversion.plan.scaling(name) == pytest.approx(artefact.plan.scaling(name), rel=1e-12)
     config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
@@ -247,6 +257,12 @@ def test_rounding_is_an_error_too(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
+def test_what_was_not_trained_has_no_error(folders: Path) -> None:
+    conversion = convert_adapter(folders / "trained", folders / "start", folders / "plain", rank=2)
+    assert set(conversion.errors.values()) == {0.0}
+    assert conversion.error == 0.0
+
+
 def test_an_alpha_that_was_changed_since_counts(tmp_path: Path) -> None:
     """The base gave up the start with the start's scaling, whatever the trained one's is."""
     one = llama()
@@ -390,16 +406,6 @@ def test_dora_on_a_residual_base_needs_its_norms(tmp_path: Path) -> None:
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folders(tmp_path: Path) -> Path:
-    """A start and what was trained from it."""
-    one = llama()
-    artefact = split_start(one, si.LoraConfig(r=4, lora_alpha=6), [4])
-    artefact.save(tmp_path / "start")
-    peft.PeftModel.from_pretrained(one.make(), tmp_path / "start").save_pretrained(tmp_path / "trained")
-    return tmp_path
-
-
 def test_starts_of_another_model_are_refused(folders: Path) -> None:
     one = llama()
     fewer = replace(one, targets=one.targets[:3])
@@ -452,6 +458,7 @@ def test_other_things_that_cannot_be_converted(folders: Path) -> None:
     tensors = load_file(path)
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, path)
-    with pytest.raises(si.errors.VerificationError, match="holds NaN or Inf"):
-        convert_adapter(folders / "trained", folders / "start", folders / "plain")
+    for rank in (None, 2):
+        with pytest.raises(si.errors.VerificationError, match="holds NaN or Inf"):
+            convert_adapter(folders / "trained", folders / "start", folders / "plain", rank=rank)
     assert not (folders / "plain").exists()

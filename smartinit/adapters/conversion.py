@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from smartinit.errors import ArtefactError, ConfigError
+from smartinit.errors import ArtefactError, ConfigError, VerificationError
 from smartinit.formats.convert import distance, has_product, product_norm, recompress, subtract_start
 from smartinit.formats.tensors import PREFIX
 from smartinit.planning.plan import Plan
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from smartinit.formats.start import Start
 
 _BASE_WEIGHT = ".base_layer.weight"
+_NOTHING = 1e-13  # of the products that cancel, in float64
 _A, _B = ("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B")
 
 
@@ -64,7 +65,7 @@ def convert(
     Raises:
         ArtefactError: the two are for different models or layers.
         ConfigError: ``rank`` below 1; the start quantises the base, or adapts bare parameters.
-        VerificationError: a value is not finite once it is rounded (when it is written).
+        VerificationError: a value is not finite.
 
     Cost: O((in + out)·r²) per layer.
     """
@@ -91,7 +92,9 @@ def convert(
         alphas[name] = alpha_for(trained.config, name) * (math.sqrt(growth) if trained.config.use_rslora else growth)
         factors[name] = kept
         norm = product_norm(exact)
-        gap = distance(exact, kept) if not _same(exact, kept) else 0.0
+        if norm <= _NOTHING * product_norm(pair):  # not trained at all: what is left is rounding
+            norm = 0.0
+        gap = distance(exact, kept) if norm and not _same(exact, kept) else 0.0
         errors[name] = gap / norm if norm else 0.0
         missing += (scaling * gap) ** 2
         total += (scaling * norm) ** 2
@@ -176,9 +179,11 @@ def _check_layers(trained: StoredAdapter, start: Start) -> None:
             f"'{without}'; name the start of this very training"
         )
     for name, pair in trained.factors.items():
+        _require_finite(pair, trained, name)
         if not _gives_up(start, name):
             continue
         first = start.factors[name]
+        _require_finite(first, start, name)
         ours, theirs = ((p.b.shape[0], p.a.shape[1]) for p in (pair, first))
         same_form = trained.forms.get(name) == start.forms.get(name)
         if ours != theirs or not same_form:
@@ -187,6 +192,11 @@ def _check_layers(trained: StoredAdapter, start: Start) -> None:
                 f"{theirs} in the other{'' if ours != theirs else ', of another kind'}; name the start of this very "
                 "training"
             )
+
+
+def _require_finite(pair: Factors, of: StoredAdapter | Start, name: str) -> None:
+    if not all(torch.isfinite(matrix).all() for matrix in (pair.a, pair.b)):
+        raise VerificationError(f"layer '{name}' of the adapter in '{of.folder}' holds NaN or Inf; it is not converted")
 
 
 def _gives_up(start: Start, name: str) -> bool:
