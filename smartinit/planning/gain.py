@@ -108,7 +108,7 @@ def gain_of(factors: Factors, scaling: float, moment: SecondMoment, *, embedding
     for ``m = min(n, 512)``, once per moment.
     """
     terms = adam_terms(factors, moment)
-    reference, reference_sgd = _yardstick(*factors.b.shape, moment, embedding=embedding)
+    reference, reference_sgd = _yardstick(factors.b.shape[0], factors.rank, moment, embedding=embedding)
     return Gain(
         step=abs(scaling) * math.sqrt(sum(terms)),
         reference=abs(scaling) * math.sqrt(reference),
