@@ -36,6 +36,7 @@ class LayerStarts:
         self._site_of = observed.site_of
         self._seed = seed
         self._moments: dict[int, SecondMoment] = {}
+        self._isotropic: dict[int, SecondMoment] = {}
 
     def of(self, job: Job, target: Target, plan: Plan, spectrum: Spectrum | None) -> tuple[Factors, LayerSummary]:
         """Factors of one layer and what is known of them.
@@ -85,7 +86,9 @@ class LayerStarts:
     def _moment(self, name: str, features: int) -> SecondMoment:
         site = self._site_of.get(name)
         if site is None or not site.statistic.rows:
-            return SecondMoment.isotropic(features)
+            if features not in self._isotropic:
+                self._isotropic[features] = SecondMoment.isotropic(features)
+            return self._isotropic[features]
         statistic: Any = site.statistic
         if id(statistic) not in self._moments:
             self._moments[id(statistic)] = SecondMoment.of(statistic)

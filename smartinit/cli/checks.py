@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def check_output_folder(folder: Path, *, force: bool) -> None:
+def check_output_folder(folder: Path, *, force: bool, marker: str = "adapter_config.json") -> None:
     """Refuse an output that exists or cannot be written, before the work is done; saving checks it again.
 
     Raises:
-        OutputError: see above; also with ``force`` when the folder holds other things than an adapter.
+        OutputError: see above; also with ``force`` when the folder holds other things than what ``marker`` marks.
     """
     if folder.is_symlink() and not folder.exists():
         raise OutputError(f"the output {folder} is a dangling link; remove it or choose another --out")
@@ -24,10 +24,10 @@ def check_output_folder(folder: Path, *, force: bool) -> None:
         raise OutputError(f"the output {folder} is a file; --out needs the name of a folder")
     if folder.exists() and not force:
         raise OutputError(f"the output folder {folder} exists already; choose another --out or replace it with --force")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "adapter_config.json").is_file():
+    if folder.exists() and any(folder.iterdir()) and not (folder / marker).is_file():
         raise OutputError(
-            f"the output folder {folder} is not replaced, because it holds other files and no adapter_config.json; "
-            "choose another --out"
+            f"the output folder {folder} is not replaced, because it holds other files and no {marker}; "
+            "choose another name"
         )
     _check_writable(folder.absolute().parent, folder)
 

@@ -21,6 +21,8 @@ from smartinit.data.source import find_source
 from smartinit.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from smartinit.artefact import Artefact
     from smartinit.cli.load_model import ModelSource
     from smartinit.cli.request import Request
@@ -38,6 +40,20 @@ if TYPE_CHECKING:
 @click.option(
     "--plot", type=click.Path(path_type=Path), metavar="FILE", help="Also draw ranks and variance (png, svg, pdf)."
 )
+@click.option(
+    "--base",
+    type=click.Choice(("residual", "doubled")),
+    default="residual",
+    show_default=True,
+    help="For methods that split the base weight: write the residual model too, or plain LoRA of twice the rank that "
+    "starts on the unmodified model.",
+)
+@click.option(
+    "--base-out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where the residual (or quantised) model goes; OUT-base if not given.",
+)
 @output_options()
 def command(**options: Any) -> None:  # noqa: ANN401 - click's options
     """Compute the starting point of an adapter and write it as a plain PEFT folder.
@@ -51,13 +67,50 @@ def command(**options: Any) -> None:  # noqa: ANN401 - click's options
     check_output_folder(options["out"], force=options["force"])
     check_plot(options["plot"])
     with output.work():
-        artefact = run(request, options, output)
-        artefact.save(options["out"], force=options["force"])
+        base_out = _base_folder(request, options)
+        artefact, model = run(request, options, output)
+        artefact.save(options["out"], force=options["force"], base=options["base"])
+        if base_out is not None:
+            output.log(f"writing the base model to {base_out}")
+            _write_base(artefact, model, base_out, options)
         if options["plot"] is not None:
             from smartinit.report.figure import plot_artefact
 
             plot_artefact(artefact, options["plot"])
-    show(artefact, output, out=options["out"], plot=options["plot"])
+    show(artefact, output, out=options["out"], plot=options["plot"], base_out=base_out)
+
+
+def _base_folder(request: Request, options: dict[str, Any]) -> Path | None:
+    """Where the changed base model goes; None if the base stays as it is.
+
+    Raises:
+        OutputError: that folder exists (without ``--force``) or cannot be written.
+        ConfigError: ``--base-out`` where nothing is written there.
+    """
+    from smartinit.initialisation import resolve_method
+
+    effect = resolve_method(request.config).effect
+    if effect == "quantises" or (effect == "splits" and options["base"] == "residual"):
+        out: Path = options["out"]
+        folder: Path = options["base_out"] or out.with_name(f"{out.name}-base")
+        check_output_folder(folder, force=options["force"], marker="config.json")
+        return folder
+    if options["base_out"] is not None:
+        raise ConfigError(f"--base-out: '{request.config.method}' leaves the base model as it is here; leave it out")
+    return None
+
+
+def _write_base(artefact: Artefact, model: nn.Module, folder: Path, options: dict[str, Any]) -> None:
+    """The model that the adapter belongs to, with its tokenizer."""
+    import transformers
+
+    from smartinit.convert import save_residual_model
+
+    save_residual_model(model, artefact, folder, force=options["force"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        options["model"], trust_remote_code=options["trust_remote_code"]
+    )
+    tokenizer.save_pretrained(folder)
 
 
 @dataclass(frozen=True)
@@ -111,8 +164,8 @@ def reads_data(request: Request, options: dict[str, Any], output: Output) -> boo
     return method.needs is not None
 
 
-def run(request: Request, options: dict[str, Any], output: Output) -> Artefact:
-    """Everything between the checks and the saving."""
+def run(request: Request, options: dict[str, Any], output: Output) -> tuple[Artefact, nn.Module]:
+    """Everything between the checks and the saving: what was computed, and the model."""
     if is_local(options["model"]):
         check_model_folder(Path(options["model"]).expanduser())
     if options["data"] is not None:
@@ -152,11 +205,12 @@ def run(request: Request, options: dict[str, Any], output: Output) -> Artefact:
         **request.planner_options(),
     )
     check_interrupt()
-    return replace(
+    finished = replace(
         artefact,
         provenance={**artefact.provenance, **({"dropped_rows": opened.batches.dropped} if opened.batches else {})},
         timings={"data": read - started, "model": loaded - read, **artefact.timings},
     )
+    return finished, model
 
 
 def check_request(request: Request, model: ModelSource) -> None:
@@ -176,13 +230,16 @@ def check_request(request: Request, model: ModelSource) -> None:
             check_ranks(select_targets(meta_model(model), request.config, hosts=hosts), request.config)
 
 
-def show(artefact: Artefact, output: Output, *, out: Path, plot: Path | None) -> None:
+def show(artefact: Artefact, output: Output, *, out: Path, plot: Path | None, base_out: Path | None = None) -> None:
     """Print the summary and where the files lie."""
     from smartinit.cli.summary import render, summarise
 
     summary = summarise(artefact)
     document = {"hit": None, "key": artefact.recipe.digest, "out": str(out), "summary": summary}
     lines = [render(summary), "", f"adapter: {out}"]
+    if base_out is not None:
+        document["base_out"] = str(base_out)
+        lines.append(f"base:    {base_out}, the model that this adapter is to be trained on")
     if plot is not None:
         document["plot"] = str(plot)
         lines.append(f"figure:  {plot}")

@@ -56,7 +56,7 @@ def command(*, out: Path, as_json: bool, quiet: bool, **options: Any) -> int:  #
     request = read_request(wanted)
     check_output_folder(adapter, force=True)
     with output.work():
-        artefact = run(request, wanted, output)
+        artefact, _ = run(request, wanted, output)
         artefact.save(adapter, force=True)
         figure = _plot(artefact, out / "figure.png")
         starts = _starts_at_base(wanted["model"], wanted["data"], adapter)

@@ -204,7 +204,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("arguments", [("--target-modules", "q_porj"), ("--rank", 33), ("--method", "corda")])
+@pytest.mark.parametrize("arguments", [("--target-modules", "q_porj"), ("--rank", 33), ("--option", "bits=4")])
 def test_what_the_configuration_rules_out_is_refused_before_weights_are_read(
     compute, model_folder, edit_weights, arguments
 ):
