@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from smartinit.linalg.threads import small_eigh
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -24,8 +26,10 @@ _EPS = torch.finfo(torch.float64).eps
 # Residuals over σ_k: with a gap of 1 % behind it the span is then known to 1e-5.
 _TOLERANCE = 1e-7
 _STEPS = 24
-# A basis wider than this share of the space costs more than the dense decomposition.
-_WIDEST = 0.4
+# A basis wider than this share of the space costs more than the dense decomposition, which for small spaces is cheap.
+_WIDEST, _WIDEST_SMALL, _SMALL = 0.25, 0.5, 256
+# Least ``σ_k / σ₁`` at which the eigenvectors of a float64 Gram are exact enough: squaring leaves eps·σ₁².
+_SAFE_RATIO = 1e-4
 
 
 class LeftDirections(NamedTuple):
@@ -69,10 +73,7 @@ def top_left(weight: Tensor, factor: Tensor, count: int, *, seed: int = 0) -> Le
         (weight.shape[0], factor.shape[1]),
     )
     found = _iterate(operator, count, weight, seed)
-    if found is None:
-        u, s, _ = torch.linalg.svd(weight @ factor, full_matrices=False)
-        found = LeftDirections(u[:, :count], s[:count], 0.0)
-    return found
+    return _dense_top(weight @ factor, count) if found is None else found
 
 
 def bottom_left(product: Tensor, count: int, *, seed: int = 0) -> LeftDirections:
@@ -107,7 +108,6 @@ def bottom_left_of_triangle(triangle: Tensor, count: int, *, upper: bool, seed: 
 
     Cost: ``2 m²`` flops per step and direction; a dense SVD where the triangle is singular.
     """
-    found = None
     diagonal = triangle.diagonal().abs()
     if float(diagonal.min()) > 0:
         # T⁻ᵀ = U Σ⁻¹ Vᵀ: its leading left directions are the trailing ones of T.
@@ -117,10 +117,14 @@ def bottom_left_of_triangle(triangle: Tensor, count: int, *, upper: bool, seed: 
             (triangle.shape[0], triangle.shape[0]),
         )
         found = _iterate(operator, count, triangle, seed)
-    if found is None:
-        u, s, _ = torch.linalg.svd(triangle)
-        return LeftDirections(u[:, -count:].flip(1), s[-count:].flip(0), 0.0)
-    return found._replace(values=1 / found.values)
+        if found is None:
+            identity = torch.eye(triangle.shape[0], dtype=triangle.dtype, device=triangle.device)
+            found = _gram_top(torch.linalg.solve_triangular(triangle.mT, identity, upper=not upper), count)
+        if found is not None:
+            return found._replace(values=1 / found.values)
+    u, s, _ = torch.linalg.svd(triangle)
+    first = triangle.shape[0] - count
+    return LeftDirections(u[:, first:].flip(1), s[first:].flip(0), 0.0)
 
 
 def _iterate(operator: _Operator, count: int, like: Tensor, seed: int) -> LeftDirections | None:
@@ -129,7 +133,7 @@ def _iterate(operator: _Operator, count: int, like: Tensor, seed: int) -> LeftDi
     if count == 0:
         return LeftDirections(like.new_empty(m, 0), like.new_empty(0), 0.0)
     width = -(-(count + 8) // 8) * 8
-    widest = int(_WIDEST * min(m, n))
+    widest = int(max(_WIDEST * min(m, n), min(_WIDEST_SMALL * min(m, n), _SMALL)))
     if 2 * width > widest:
         return None
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -155,6 +159,33 @@ def _iterate(operator: _Operator, count: int, like: Tensor, seed: int) -> LeftDi
             gaps = _orthonormal(gaps - (gaps @ basis.mT) @ basis)
         basis, images = torch.cat([basis, gaps]), torch.cat([images, operator.adjoint(gaps)])
     return None
+
+
+def _dense_top(product: Tensor, count: int) -> LeftDirections:
+    """Leading left singular directions: by the Gram of the shorter side where that is safe, else the SVD."""
+    wide = product.shape[0] <= product.shape[1]
+    if wide:
+        found = _gram_top(product, count)
+    else:
+        factors = torch.linalg.qr(product)
+        found = _gram_top(factors.R, count)
+        found = None if found is None else found._replace(vectors=factors.Q @ found.vectors)
+    if found is None:
+        u, s, _ = torch.linalg.svd(product, full_matrices=False)
+        found = LeftDirections(u[:, :count], s[:count], 0.0)
+    return found
+
+
+def _gram_top(product: Tensor, count: int) -> LeftDirections | None:
+    """Leading eigenvectors of ``P Pᵀ``; None where squaring would cost digits that are wanted."""
+    gram = product @ product.mT
+    if not bool(gram.diagonal().isfinite().all()):
+        return None
+    squares, vectors = small_eigh(gram)
+    squares, vectors = squares.flip(0)[:count], vectors.flip(1)[:, :count]
+    if count and not float(squares[-1]) > _SAFE_RATIO**2 * float(squares[0]):
+        return None
+    return LeftDirections(vectors, squares.sqrt(), 0.0)
 
 
 def _orthonormal(rows: Tensor) -> Tensor:

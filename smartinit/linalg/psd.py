@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _EPS = torch.finfo(torch.float64).eps
-# Squared pivots of a matrix with ones on the diagonal, below which a Cholesky factor is round-off.
+# Squared pivots of a matrix with ones on the diagonal are round-off below this times d.
 _PIVOT_FLOOR = 8 * _EPS
 
 
@@ -31,7 +31,7 @@ def psd_root(matrix: Tensor) -> PsdRoot:
 
     The diagonal is scaled to ones first, so that a feature a million times larger than the others decides nothing
     about them (van der Sluis, 1969: no diagonal scaling is much better). Where C is singular, each diagonal entry
-    grows by the least share, in steps of ten from ``d·eps``, that makes the factorisation succeed; features that are
+    grows by the least share, in steps of ten from ``32 d·eps``, that makes the factorisation succeed; features that are
     zero throughout need none.
 
     Args:
@@ -55,13 +55,13 @@ def psd_root(matrix: Tensor) -> PsdRoot:
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
     scaled = inverse.unsqueeze(1) * scaled * inverse
     scaled.diagonal().fill_(1.0)  # exact, and features without any value get an independent dummy
-    damping = 0.0
-    while damping < 1e-4:  # noqa: PLR2004 - nine attempts at most
+    damping, floor = 0.0, _PIVOT_FLOOR * scaled.shape[0]
+    while damping < 1e-4:  # noqa: PLR2004 - ten attempts at most
         scaled.diagonal().fill_(1.0 + damping)
         factor, failed = torch.linalg.cholesky_ex(scaled)
-        if not bool(failed) and float(factor.diagonal().min()) ** 2 > max(_PIVOT_FLOOR, damping / 2):
+        if not bool(failed) and float(factor.diagonal().min()) ** 2 > max(floor, damping / 2):
             return PsdRoot(scale.unsqueeze(1) * factor, damping)
-        damping = max(10 * damping, scaled.shape[0] * _EPS)
+        damping = max(10 * damping, 4 * floor)
     msg = "a second moment is not positive semi-definite: its scaled eigenvalues go below -1e-4"
     raise ValueError(msg)
 

@@ -15,11 +15,12 @@ from smartinit.methods.base import Method
 from smartinit.methods.second_moment import (
     checked_statistic,
     even_projection,
+    finite_weight,
     mean_moment,
     positive_scaling,
     product_energy,
 )
-from smartinit.methods.split import checked_rank, checked_weight
+from smartinit.methods.split import checked_rank
 from smartinit.spectrum import Certificate, Spectrum
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Corda(Method):
 
         Cost: see `top_left` and `bottom_left`, one float32 product for the total, and ``O(d²)`` per site.
         """
-        kept = checked_weight(weight, shape, self.name)
+        kept = finite_weight(weight, shape, self.name)
         least = shape[1] if self.corda_method == "kpm" else 1
         statistic = checked_statistic(statistic, shape, f"{self.name} ({self.corda_method})", least=least)
         moment = mean_moment(statistic).to(kept.device)

@@ -11,8 +11,8 @@ from smartinit.factors import Factors
 from smartinit.linalg.products import LeftDirections, bottom_left_of_triangle
 from smartinit.linalg.psd import psd_eigh
 from smartinit.methods.base import Method
-from smartinit.methods.second_moment import checked_statistic, mean_moment, mean_root, positive_scaling
-from smartinit.methods.split import checked_rank, checked_weight
+from smartinit.methods.second_moment import checked_statistic, finite_weight, mean_moment, mean_root, positive_scaling
+from smartinit.methods.split import checked_rank
 from smartinit.spectrum import Certificate, Spectrum
 from smartinit.statistics.derived import Derived
 
@@ -68,7 +68,7 @@ class LoraNull(Method):
 
         Cost: ``d³/3`` flops per site and ``2 d²`` per step and direction; ``O(d³)`` once per site where C is singular.
         """
-        kept = checked_weight(weight, shape, self.name)
+        kept = finite_weight(weight, shape, self.name)
         statistic = checked_statistic(statistic, shape, self.name, least=shape[1])
         count = min(limit, *shape)
         root = mean_root(statistic)

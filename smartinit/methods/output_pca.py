@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from smartinit.linalg.products import top_left
 from smartinit.methods.base import Method
-from smartinit.methods.second_moment import checked_statistic, even_projection, mean_root, product_energy
-from smartinit.methods.split import checked_weight
+from smartinit.methods.second_moment import checked_statistic, even_projection, finite_weight, mean_root, product_energy
 from smartinit.spectrum import Certificate, Spectrum
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ class OutputPca(Method):
 
         Cost: ``d³/3`` flops per site, see `top_left`, and one float32 product for the total.
         """
-        kept = checked_weight(weight, shape, self.name)
+        kept = finite_weight(weight, shape, self.name)
         statistic = checked_statistic(statistic, shape, self.name)
         root = mean_root(statistic)
         factor = root.factor.to(kept.device)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from smartinit.errors import ConfigError, DataError
+from smartinit.errors import ConfigError, DataError, ModelError
 from smartinit.factors import Factors
 from smartinit.linalg.psd import psd_root
-from smartinit.methods.split import checked_rank
+from smartinit.methods.split import checked_rank, checked_weight
 from smartinit.statistics.derived import Derived
 
 if TYPE_CHECKING:
@@ -35,6 +35,19 @@ class SecondMoment(Protocol):
     def second_moment(self, centred: bool = False) -> Tensor:
         """``(d, d)`` ``Σ x xᵀ``."""
         ...
+
+
+def finite_weight(weight: Tensor | None, shape: tuple[int, int], method: str) -> Tensor:
+    """The weight as a method can use it.
+
+    Raises:
+        ConfigError: there is none, or it has another shape.
+        ModelError: it holds NaN or Inf, is not of floating point, or has no numbers yet.
+    """
+    kept = checked_weight(weight, shape, method)
+    if kept.numel() and not all(bool(bound.isfinite()) for bound in kept.aminmax()):  # NaN makes both NaN
+        raise ModelError(f"'{method}' cannot decompose a weight of shape {shape} that holds NaN or Inf")
+    return kept
 
 
 def checked_statistic(
