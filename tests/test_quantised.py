@@ -281,13 +281,13 @@ def test_dora_starts_neutral(quantised, folder):
 
 class TestFakeQuantLinear:
     @pytest.mark.parametrize("bits", [2, 4, 8])
-    @pytest.mark.parametrize("format", ["bitsandbytes", "normal", "uniform"])
-    def test_it_computes_with_the_quantised_weight(self, bits, format, seed):
+    @pytest.mark.parametrize("name", ["bitsandbytes", "normal", "uniform"])
+    def test_it_computes_with_the_quantised_weight(self, bits, name, seed):
         torch.manual_seed(seed)
         linear = nn.Linear(50, 23)
         before = copy.deepcopy(linear.state_dict())
-        layer = FakeQuantLinear.from_linear(linear, bits, format)
-        expected = Quantiser(bits, format)(linear.weight)
+        layer = FakeQuantLinear.from_linear(linear, bits, name)
+        expected = Quantiser(bits, name)(linear.weight)
         assert torch.equal(layer.dequantise(), expected)
         x = torch.randn(3, 2, 50, requires_grad=True)
         torch.testing.assert_close(layer(x), nn.functional.linear(x, expected, linear.bias))
