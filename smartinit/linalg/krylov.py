@@ -70,13 +70,19 @@ def top_triplets(
     if k == 0 or needed >= side or k + oversampling + 4 * block >= side:
         return dense_triplets(weight, k)
     wide = weight.shape[1] < weight.shape[2]
-    stack = working_copy(weight.mT if wide else weight)
+    stack = working_copy(weight)
+    # In units of the root-mean-square singular value nothing over- or underflows. (Taken before the transposition:
+    # norms across the grain are slow.)
+    norms = frobenius_norms(stack) / side**0.5
+    scales = torch.where(norms > 0, norms, 1).to(stack.dtype).reshape(-1, 1, 1)
+    stack = stack.mT if wide else stack
     options = _Options(k, tolerance, oversampling, iterations, max_steps)
-    found = _iterate(stack, options, block, list(seeds))
+    found = _iterate(stack, scales, options, block, list(seeds))
     unsound = [i for i, ok in enumerate(found.settled.tolist()) if not ok]
     if unsound and iterations is None:
         # Perhaps more copies of one singular value than the block is wide; a block wider than k sees them all.
-        repair = _iterate(stack[unsound], options, _whole_eights(k + oversampling), [seeds[i] for i in unsound])
+        wider = _whole_eights(k + oversampling)
+        repair = _iterate(stack[unsound], scales[unsound], options, wider, [seeds[i] for i in unsound])
         for place, i in enumerate(unsound):
             one = Triplets(*(part[place : place + 1] for part in repair))
             if not bool(one.settled):
@@ -100,15 +106,12 @@ def _whole_eights(width: float) -> int:
     return -(-int(width) // 8) * 8
 
 
-def _iterate(weight: Tensor, options: _Options, block: int, seeds: list[int]) -> Triplets:
+def _iterate(weight: Tensor, scale: Tensor, options: _Options, block: int, seeds: list[int]) -> Triplets:
     """Block Krylov on ``(s, m, n)``, m ≥ n; every matrix leaves as soon as it has settled."""
     count, _, features = weight.shape
     results: list[Triplets | None] = [None] * count
     places = list(range(count))
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    scale = frobenius_norms(weight) / features**0.5
-    # In units of the root-mean-square singular value nothing over- or underflows.
-    scale = torch.where(scale > 0, scale, 1).to(weight.dtype).reshape(-1, 1, 1)
     exact, k = options.iterations, options.k
     last = (exact if exact is not None else options.max_steps - 1) + 1
     # Never the whole space: there would be no room for the waiting block.
@@ -182,11 +185,12 @@ class _State:
         column = self.images @ self.images[:, added].mT
         self.gram[:, :, added], self.gram[:, added, :] = column, column.mT
         round_off = torch.finfo(product.dtype).eps * torch.linalg.vector_norm(product, dim=(1, 2), keepdim=True)
-        product = self._beside_the_basis(self._beside_the_basis(product))
+        product = self._beside_the_basis(product)
         # Noise the size of round-off takes the place of directions that have run out (zero or rank-deficient W, many
         # equal singular values): the iteration goes on from there instead of dividing by zero.
         fill = torch.where(round_off > 0, round_off, 1.0) / product.shape[-1] ** 0.5
         noisy = product + fill * _noise(generators, product.shape[1], product)
+        # Beside the basis once more as unit vectors: twice is enough (Kahan).
         self.next = torch.linalg.qr(self._beside_the_basis(torch.linalg.qr(noisy.mT).Q.mT).mT).Q.mT
         self.remainder = (product @ self.next.mT).double()
 
