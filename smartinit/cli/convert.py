@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from smartinit.cli.layer_table import layer_type
 from smartinit.cli.options import output_options
 from smartinit.cli.output import Output, table
-from smartinit.cli.summary import layer_type
 
 if TYPE_CHECKING:
     from smartinit.adapters.conversion import Conversion

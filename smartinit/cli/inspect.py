@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from smartinit.cli.layer_table import (
+    by_type,
+    describe_known,
+    describe_ranks,
+    gain_line,
+    gain_of_layers,
+    layer_table,
+)
 from smartinit.cli.options import output_options
-from smartinit.cli.output import Output, human_count, table
+from smartinit.cli.output import Output
 from smartinit.cli.safetensors_header import read_header
-from smartinit.cli.summary import layer_type
 from smartinit.errors import ArtefactError, MissingFileError, SmartinitError
 
 if TYPE_CHECKING:
@@ -50,9 +56,6 @@ def examine(folder: Path) -> dict[str, Any]:
     layers, others = _pair(entries)
     scalings = _scalings(config, {name: a.shape[0] for name, (a, _) in layers.items()})
     record, remark = _record(folder)
-    groups: dict[str, list[str]] = {}
-    for name in layers:
-        groups.setdefault(layer_type(name), []).append(name)
     return {
         "folder": str(folder),
         "base_model": config.get("base_model_name_or_path"),
@@ -60,7 +63,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "lora_alpha": config.get("lora_alpha"),
         "use_rslora": bool(config.get("use_rslora")),
         "use_dora": bool(config.get("use_dora")),
-        "layers": [_describe(kind, names, layers, scalings, record) for kind, names in groups.items()],
+        "layers": [_describe(kind, names, layers, scalings, record) for kind, names in by_type(layers).items()],
         "ranks": sum(a.shape[0] for a, _ in layers.values()),
         "parameters": sum(a.size + b.size for a, b in layers.values()),
         "other_tensors": {name: list(entry.shape) for name, entry in others.items()},
@@ -145,59 +148,37 @@ def _describe(
     scalings: dict[str, float],
     record: Any,  # noqa: ANN401 - an Artefact, whose class imports torch
 ) -> dict[str, Any]:
-    ranks = [layers[name][0].shape[0] for name in names]
     described: dict[str, Any] = {
-        "type": kind,
-        "count": len(names),
-        "rank_min": min(ranks),
-        "rank_median": statistics.median(ranks),
-        "rank_max": max(ranks),
+        **describe_ranks(kind, [layers[name][0].shape[0] for name in names]),
         "scaling": sorted({round(scalings[name], 6) for name in names}),
         "parameters": sum(layers[name][0].size + layers[name][1].size for name in names),
         "dtype": sorted({entry.dtype for name in names for entry in layers[name]}),
     }
     if record is not None:
-        captured = [record.layers[name].certificate.captured for name in names if name in record.layers]
-        known = [value for value in captured if value is not None]
-        described["captured"] = statistics.fmean(known) if known else None
+        described |= describe_known([record.layers[name] for name in names if name in record.layers])
     return described
 
 
 def _of_record(record: Any) -> dict[str, Any]:  # noqa: ANN401
     certificates = {name: layer.certificate.as_dict() for name, layer in record.layers.items()}
+    gain = gain_of_layers(record.layers.values())
     return {
         "recipe": record.recipe.as_dict(),
         "key": record.recipe.digest,
         "provenance": dict(record.provenance),
         "removed": [name for name, rank in record.plan.ranks.items() if rank == 0],
         "certificates": certificates,
+        "gain": None if gain is None else gain.as_dict(),
         "seconds": dict(record.timings),
     }
 
 
 def _render(found: dict[str, Any]) -> str:
-    head = ["layers", "count", "rank min", "median", "max", "scaling", "parameters", "dtype"]
-    if found["record"] is not None:
-        head.append("variance")
-    rows = [
-        [
-            row["type"],
-            row["count"],
-            row["rank_min"],
-            f"{row['rank_median']:g}",
-            row["rank_max"],
-            _range(row["scaling"]),
-            human_count(row["parameters"]),
-            "/".join(row["dtype"]),
-            *([] if found["record"] is None else [_percent(row["captured"])]),
-        ]
-        for row in found["layers"]
-    ]
     kind = " ".join(word for word, on in (("rsLoRA", found["use_rslora"]), ("DoRA", found["use_dora"])) if on) or "LoRA"
     lines = [
         f"{kind} for {found['base_model'] or 'an unnamed model'}: r={found['r']}, lora_alpha={found['lora_alpha']}",
         "",
-        table(head, rows),
+        layer_table(found["layers"]),
         "",
         f"ranks: {found['ranks']:,}; parameters: {found['parameters']:,}",
     ]
@@ -210,16 +191,10 @@ def _render(found: dict[str, Any]) -> str:
             f"computed: {recipe['method']} on {provenance.get('data') or 'given batches'}, "
             f"{provenance.get('tokens')} tokens, seed {recipe['seed']}; files are as they were written"
         )
+        if found["record"]["gain"] is not None:
+            lines.append(gain_line(found["record"]["gain"]))
         if found["record"]["removed"]:
             lines.append(f"rank 0 (no adapter): {len(found['record']['removed'])} layers")
     if found["remark"]:
         lines.append(f"remark: {found['remark']}")
     return "\n".join(lines)
-
-
-def _range(values: list[float]) -> str:
-    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g}–{values[-1]:g}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"

@@ -65,8 +65,11 @@ def test_an_adapter_of_smartinit(run_cli, adapter):
     assert set(found["record"]["certificates"]) == set(record["targets"])
     assert found["ranks"] == 14 * 4
     assert 0 < found["layers"][0]["captured"] <= 1
+    assert found["record"]["gain"]["layers"] == 14
+    assert found["layers"][0]["gain"] > 0
     shown = run_cli("inspect", adapter).out
     assert "computed: eva on" in shown
+    assert "gain: Adam's first step goes" in shown
     assert "variance" in shown
 
 
