@@ -85,7 +85,9 @@ def error_factors(spectrum: Spectrum, rank: int, scaling: float) -> Factors:
     assert spectrum.left is not None  # noqa: S101 - for the type checker
     directions, left = spectrum.directions[:rank].float(), spectrum.left[:, :rank].float()
     share = (spectrum.values[:rank].sqrt() / scaling).sqrt().to(directions)
-    return Factors(a=share.unsqueeze(1) * directions, b=left * share, effect="quantises", base=spectrum.base)
+    return Factors(
+        a=share.unsqueeze(1) * directions, b=(left * share).contiguous(), effect="quantises", base=spectrum.base
+    )
 
 
 def _spectra_of_some(
@@ -107,7 +109,7 @@ def _spectra_of_some(
             components=count,
         )
         # Of their own, so that one layer's result does not keep the whole stack in memory.
-        right, left = found.right[i].clone(), found.left[i].clone()
+        right, left = (side[i].clone(memory_format=torch.contiguous_format) for side in (found.right, found.left))
         spectra.append(
             Spectrum(right, values, total, (left.shape[0], right.shape[1]), certificate, left, base.detach())
         )

@@ -54,6 +54,8 @@ def test_one_iteration_is_the_best_correction_of_the_quantised_weight(weight):
     torch.testing.assert_close(factors.base.double(), expected_base, rtol=0, atol=1e-5)
     error = (factors.delta(2.0).double() - expected_delta).norm() / expected_delta.norm()
     assert error < 1e-5
+    assert factors.a.is_contiguous()  # as safetensors wants them
+    assert factors.b.is_contiguous()
 
 
 @pytest.mark.parametrize("scaling", [0.25, 1.0, 2.0, 8.0])
