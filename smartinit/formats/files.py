@@ -26,15 +26,27 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         OutputError: it cannot be written.
     """
+    with new_file(path) as unfinished, unfinished.open("xb") as file:
+        file.write(content)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to write, in place of what is at ``path``: it takes that name when the with-block ends without an error.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     unfinished = _unused_sibling(path)
     try:
-        with unfinished.open("xb") as file:
-            file.write(content)
-            file.flush()
+        yield unfinished
+        with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)
         _flush_folder(path.parent)
     except OSError as error:
+        if isinstance(error, OutputError):
+            raise
         raise OutputError(f"cannot write '{path}': {error.strerror or error}") from error
     finally:
         with suppress(FileNotFoundError, NotADirectoryError):
