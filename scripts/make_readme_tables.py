@@ -8,6 +8,8 @@ demo is run too, and its output and figure replace those shown.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import inspect
 import re
 import subprocess
 import sys
@@ -77,6 +79,7 @@ def rendered() -> dict[Path, str]:
     parts: Mapping[str, Mapping[str, Callable[[], str]]] = {
         "README.md": {"methods": methods_table, "columns": columns_table, "exit codes": exit_codes_table},
         "docs/eva.md": {"statistics": statistics_table},
+        "docs/methods.md": {"method options": options_table},
     }
     out = {}
     for name, makers in parts.items():
@@ -107,6 +110,27 @@ def methods_table() -> str:
         (f"`{m.name}`", m.summary, _needed(m), _EFFECTS[m.effect], _layers(m), _linked(m.source)) for m in _methods()
     ]
     return _table(("method", "what it is", "needs", "the base weight is", "layers", "source"), rows)
+
+
+def options_table() -> str:
+    """Every option of every method that has some."""
+    rows = [
+        (f"`{m.name}`", f"`{f.name}`", f"`{f.default!r}`", _described(m, f.name))
+        for m in _methods()
+        for f in dataclasses.fields(m)
+        if f.name != "embedding"  # set by the kind of layer, not by the user
+    ]
+    return _table(("method", "option", "default", "what it does"), rows)
+
+
+def _described(method: type[Method], name: str) -> str:
+    """What the class says of one attribute in its docstring."""
+    text = inspect.getdoc(method) or ""
+    found = re.search(rf"^ {{4}}{name}: (.*(?:\n {{8}}.*)*)", text, re.MULTILINE)
+    if found is None:
+        message = f"the docstring of {method.__name__} does not describe its option '{name}'"
+        raise ValueError(message)
+    return " ".join(found.group(1).split()).replace("``", "`").replace("|", "\\|")
 
 
 def _methods() -> list[type[Method]]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from smartinit.factors import Factors
     from smartinit.pipeline import compute, compute_many
     from smartinit.planning.plan import Plan
+    from smartinit.quantised import replace_lora_weights_loftq
     from smartinit.recipe import Recipe
     from smartinit.spectrum import Certificate, Spectrum
 
@@ -47,6 +48,7 @@ __all__ = [
     "errors",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
+    "replace_lora_weights_loftq",
 ]
 
 # Type checkers read the block above, the interpreter reads this table; a test holds them equal.
@@ -67,6 +69,7 @@ _MODULE_OF = {
     "compute_many": "smartinit.pipeline",
     "get_eva_state_dict": "smartinit.eva",
     "initialize_lora_eva_weights": "smartinit.eva",
+    "replace_lora_weights_loftq": "smartinit.quantised",
 }
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from smartinit.cli.layer_table import layer_type
 from smartinit.cli.options import adapter_options, data_options, model_options, output_options
 from smartinit.cli.output import Output, human_bytes, human_count, table
 from smartinit.cli.request import read_request
-from smartinit.cli.summary import layer_type
 from smartinit.data.source import find_source
 
 if TYPE_CHECKING:
