@@ -1,4 +1,4 @@
-"""One figure of an artefact: which rank every module got, and how much variance that captures."""
+"""One figure of an artefact: which rank every module got, how much variance that captures, how far its step goes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ STYLE = {
 
 
 def plot_artefact(artefact: Artefact, path: str | Path, *, title: str | None = None) -> Path:
-    """Draw the ranks as a heat map (layers × kinds of module) and the captured variance against rank.
+    """Draw the ranks as a heat map (layers × kinds of module), the captured variance against rank, and the gains.
 
     The file appears whole or not at all, replaces an older one, and has the same bytes for equal artefacts (with one
     version of matplotlib). Neither pyplot nor the user's matplotlib settings are used or changed.

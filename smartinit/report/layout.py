@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from smartinit.report.curves import variance_curves
+from smartinit.report.gain_panel import GainPanel
 from smartinit.report.grid import arrange
 from smartinit.report.rank_panel import RankPanel
 from smartinit.report.variance_panel import VariancePanel
@@ -28,13 +29,20 @@ def draw(artefact: Artefact, title: str | None = None) -> Figure:
     grid = arrange(artefact.plan.ranks)
     ranks = RankPanel(grid, artefact.plan.ranks)
     variance = VariancePanel(variance_curves(artefact, grid), grid, artefact.config.r, shared=bool(artefact.sites))
+    gain = GainPanel(
+        grid,
+        {name: layer.gain for name, layer in artefact.layers.items() if layer.gain and name in artefact.plan.ranks},
+    )
     width = max(NARROWEST, ranks.cells.width)
     height = max(LOWEST, variance.legend_height)
-    upper = height + HEADING + ranks.below
+    middle = gain.below_the_others
+    upper = middle + height + HEADING + ranks.below
     figure = Figure(figsize=(width, upper + ranks.cells.height))
     FigureCanvasAgg(figure)
     ranks.draw(_axes(figure, upper, ranks.cells.width, ranks.cells.height))
-    variance.draw(_axes(figure, 0, width, height), width)
+    variance.draw(_axes(figure, middle, width, height), width)
+    if gain.height:
+        gain.draw(_axes(figure, 0, width, gain.height))
     if title:
         lines = textwrap.wrap(title, round(width * 72 / (0.65 * TITLE_SIZE)))
         place = 1 + 0.34 / figure.get_figheight()

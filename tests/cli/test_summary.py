@@ -51,10 +51,8 @@ def test_what_is_not_known_has_no_column():
 @pytest.mark.parametrize(
     ("gain", "words"),
     [
-        (
-            {},
-            "goes 12× as far as from LoRA's own start (median; 0.5× to 340×); multiply a learning rate made for it by 0.081",
-        ),
+        ({}, "goes 12× as far as from LoRA's own start (median; 0.5× to 340×)"),
+        ({}, "; multiply a learning rate made for it by 0.081"),
         ({"layers": 1}, "(one layer)"),
         ({"measured": False}, "(assuming inputs without a preferred direction)"),
     ],

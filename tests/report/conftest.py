@@ -10,6 +10,7 @@ import torch
 
 import smartinit as si
 from smartinit.artefact import LayerSummary
+from smartinit.planning.gain import Gain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,8 +87,11 @@ def make(seed: int) -> Make:
             shares = np.arange(1, 10 * r) ** -random.uniform(0.4, 1.6)
             ratios = tuple((shares / shares.sum())[: 2 * r].tolist())
             for name in site:
-                layers[name] = LayerSummary((8, 8), ratios, si.Certificate(rows=99, captured=0.9, settled=True))
                 chosen[name] = 0 if random.random() < 0.1 else int(random.integers(1, 2 * r + 1))
+                step = float(np.exp(random.normal()))
+                gain = Gain(step, 0.1, 0.0, step**2, 100 * step**2, measured=True) if chosen[name] else None
+                certificate = si.Certificate(rows=99, captured=0.9, settled=True)
+                layers[name] = LayerSummary((8, 8), ratios, certificate, gain=gain)
         chosen = ranks or chosen
         return si.Artefact(
             recipe=si.Recipe("eva", {}, {"name": "variance"}, tuple(chosen), {}, {}, 0, "0.1.0"),

@@ -126,7 +126,7 @@ def test_ranks_above_0_are_darker_the_higher_even_in_grey(make):
 def test_no_colour_bar_for_a_single_rank(make):
     ranks = {"h.0.q": 4, "h.1.q": 4}
     figure = draw(make([(name,) for name in ranks], ranks=ranks))
-    assert [axes.get_ylabel() for axes in figure.findobj(matplotlib.axes.Axes)] == ["", "captured variance [%]"]
+    assert [axes.get_ylabel() for axes in figure.findobj(matplotlib.axes.Axes)] == ["", "captured variance [%]", ""]
     assert not legend(figure)
 
 
