@@ -37,7 +37,7 @@ def top_triplets(
     k: int,
     *,
     seeds: Sequence[int],
-    tolerance: float = 1e-5,
+    tolerance: float = 3e-5,
     iterations: int | None = None,
     oversampling: int = 8,
     max_steps: int = MAX_STEPS,
@@ -52,8 +52,8 @@ def top_triplets(
         weight: ``(s, out, in)``; float64 is worked on in float64, everything else in float32.
         k: at most ``min(out, in)``.
         seeds: one for every matrix.
-        tolerance: relative error of ``U Σ Vᵀ``; where the gap below σ_k is less than 1 %, the error of what is
-            well-determined.
+        tolerance: estimated relative error of ``U Σ Vᵀ`` before the last product, which takes it down to round-off in
+            most cases; where the gap below σ_k is less than 1 %, the error of what is well-determined.
         iterations: exactly so many steps, with a block of ``k + oversampling`` and without test or fall-back.
         oversampling: directions beyond k that are kept.
         max_steps: bound of the steps.

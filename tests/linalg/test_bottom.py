@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from smartinit.linalg import bottom
 from smartinit.linalg.bottom import bottom_triplets
 
 _SPEC = importlib.util.spec_from_file_location(
@@ -22,6 +23,23 @@ def product(found, i=0):
 
 def noise(out, features, seed):
     return torch.randn(out, features, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def _inverse_krylov_from_small_sizes_on(monkeypatch):
+    monkeypatch.setattr(bottom, "_DENSE_SIDE", 100)
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (310, 280), (280, 400)])
+@pytest.mark.parametrize("k", [2, 8])
+def test_the_inverse_iteration_certifies_itself(shape, k, seed, monkeypatch):
+    def refuse(*_, **__):
+        pytest.fail("took the dense routine")
+
+    monkeypatch.setattr(bottom, "dense_triplets", refuse)
+    weight = noise(*shape, seed)
+    found = bottom_triplets(weight[None], k, seeds=[seed])
+    assert oracle.relative_error(product(found), oracle.product_of_bottom_triplets(weight, k)) < 1e-5
 
 
 @pytest.mark.parametrize("shape", [(30, 50), (50, 30), (40, 40), (400, 380), (380, 600)])
