@@ -123,6 +123,8 @@ def test_zeros_stay_zeros_and_tiny_numbers_finite():
         assert got.isfinite().all()
         assert not got[0].any()
         assert got.abs().max() <= 2e-42
+    codes, _ = quantise(torch.zeros(1, 64), code_book("nf4", 4))
+    assert (codes == 7).all()  # the code of zero, as in bitsandbytes
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -178,6 +180,18 @@ def test_double_quantisation_rounds_the_scales_a_little(seed):
     assert (book.diff() > 0).all()
     assert {0.0, 1.0} <= set(book.tolist())
     assert book[0] > -1
+
+
+def test_double_quantisation_is_the_oracles(seed):
+    """600 scales: two whole blocks of 256 and a part."""
+    weight = normal(150, 256, seed=seed)
+    torch.testing.assert_close(
+        dynamic_code_book().double(), torch.tensor(oracle.dynamic_book(), dtype=torch.float64), rtol=1e-6, atol=1e-12
+    )
+    got, want = Quantiser(double=True)(weight).double(), oracle.quantise_twice(weight)
+    differs = ((got - want).abs() > 1e-6 * weight.abs().max()).reshape(-1, 64).any(1)
+    assert differs.double().mean() < 0.01  # blocks with a number, or a scale, between two entries to the last digit
+    assert not torch.equal(Quantiser(double=True)(weight), Quantiser()(weight))
 
 
 def test_codes_and_scales_of_any_shape_come_back(seed):

@@ -78,3 +78,20 @@ def loftq(weight: torch.Tensor, rank: int, iterations: int, quantise) -> list[tu
         correction = best_correction(weight.double() - quantised, rank)
         iterates.append((quantised, correction))
     return iterates
+
+
+def dynamic_book() -> list[float]:
+    """The 8-bit dynamic type: per power of ten 10^(e-6), 2^e middles of equal parts of 0.1..1, of both signs; 0, 1."""
+    positive = [10.0 ** (e - 6) * (0.1 + 0.9 * (i + 0.5) / 2**e) for e in range(7) for i in range(2**e)]
+    return sorted([0.0, 1.0, *positive, *(-value for value in positive)])
+
+
+def quantise_twice(weight: torch.Tensor, block: int = 64) -> torch.Tensor:
+    """NF4 whose scales, less their mean, are quantised to the dynamic type in blocks of 256."""
+    rows = weight.double().reshape(-1, block)
+    scales = rows.abs().amax(1)
+    centred = (scales - scales.mean())[None]
+    rounded = quantise_blocks(centred, dynamic_book(), 256)[0] + scales.mean()
+    values = torch.tensor(NF4, dtype=torch.float64)
+    nearest = (rows[:, :, None] / scales[:, None, None] - values).abs().argmin(2)
+    return (values[nearest] * rounded[:, None]).reshape(weight.shape)
