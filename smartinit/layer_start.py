@@ -74,10 +74,10 @@ class LayerStarts:
         gain = None
         if rank:
             moment = self._moment(name, target.in_features)
-            gain = gain_of(pair, scaling, moment)
+            gain = gain_of(pair, scaling, moment, embedding=target.host == "embedding")
             if config.match_gain is not None:
                 pair = match_gain(pair, gain)
-                gain = gain_of(pair, scaling, moment)
+                gain = gain_of(pair, scaling, moment, embedding=target.host == "embedding")
         if config.use_dora:
             pair = replace(pair, magnitude=magnitude(target, pair, scaling))
         kernel = tuple(target.module.kernel_size) if target.host == "conv2d" else None  # type: ignore[arg-type]
