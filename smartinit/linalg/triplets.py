@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 # Squared singular values below this share of the largest are round-off of a float64 Gram: the vectors that belong to
 # them on the side which the Gram is not of cannot be had by a product with W.
 _GRAM_FLOOR = 1e-13
+# σ² below this share of σ₁² is zero as far as float32 weights can tell.
+_VISIBLE_SHARE = 1e-14
+# Round-off of a float64 Gram and its eigenvalues as a share of σ₁², and the share of the product it may change.
+_GRAM_ROUND_OFF, _MIXING = 1e-15, 1e-6
 # Norms of rows whose squares float32 can hold without losing digits.
 _SQUARES_FROM, _SQUARES_TO = 1e-12, 1e18
 
@@ -56,25 +60,33 @@ def frobenius_norms(weight: Tensor) -> Tensor:
 def dense_triplets(weight: Tensor, k: int, *, smallest: bool = False) -> Triplets:
     """The k largest (descending) or smallest (ascending) triplets, through eigh of the smaller Gram in float64.
 
-    The smallest are those of the thin decomposition: of ``min(out, in)`` triplets. Squaring in float64 costs no digit
-    of a float32 matrix unless σ < 1e-6 σ₁; vectors of such a σ are made orthonormal to the others all the same.
+    The smallest are those of the thin decomposition: of ``min(out, in)`` triplets. Where squaring loses what separates
+    them (σ and gaps small beside σ₁), they come from a float64 singular value decomposition instead. Vectors of σ that
+    float32 cannot tell from zero are orthonormal all the same.
 
     Args:
         weight: ``(s, out, in)``; read in float64, one matrix at a time.
         k: at most ``min(out, in)``.
         smallest: which end of the spectrum.
 
-    Cost: ``2 out·in·min(out, in)`` flops for the Gram and about ``9 min(out, in)³`` for eigh, in float64.
+    Cost: ``2 out·in·min(out, in)`` flops for the Gram and about ``9 min(out, in)³`` for eigh, in float64;
+    three times as much for the singular value decomposition.
     """
     lefts, values, rights = [], [], []
     for matrix in weight.detach():
         wide = matrix.shape[0] < matrix.shape[1]
         tall = (matrix.mT if wide else matrix).double()
         squared, vectors = small_eigh(tall.mT @ tall)
-        kept = slice(0, k) if smallest else slice(squared.numel() - k, None)
-        inner = vectors[:, kept]
-        outer, sigma = _partners(tall, inner, float(squared[-1]))
-        if not smallest:
+        if smallest and _squaring_loses(squared, k):
+            u, s, vt = torch.linalg.svd(tall, full_matrices=False)
+            first = s.numel() - k
+            outer, sigma, inner = u[:, first:].flip(1), s[first:].flip(0), vt[first:].mT.flip(1)
+        elif smallest:
+            inner = vectors[:, :k]
+            outer, sigma = _partners(tall, inner, float(squared[-1]))
+        else:
+            inner = vectors[:, squared.numel() - k :]
+            outer, sigma = _partners(tall, inner, float(squared[-1]))
             inner, outer, sigma = inner.flip(1), outer.flip(1), sigma.flip(0)
         lefts.append(inner if wide else outer)
         rights.append((outer if wide else inner).mT)
@@ -84,6 +96,17 @@ def dense_triplets(weight: Tensor, k: int, *, smallest: bool = False) -> Triplet
     left, right, sigmas = torch.stack(lefts).to(dtype), torch.stack(rights).to(dtype), torch.stack(values)
     left, right = with_fixed_signs(left, right)
     return Triplets(left, sigmas, right, zero, torch.ones_like(zero, dtype=torch.bool))
+
+
+def _squaring_loses(squared: Tensor, k: int) -> bool:
+    """Whether round-off of the Gram mixes the k smallest of the ascending ``squared`` by more than the tolerance."""
+    largest, low = float(squared[-1]), squared[:k]
+    following = squared[1 : k + 1] if k < squared.numel() else torch.cat([squared[1:], squared[-1:] * 2])
+    visible = low > _VISIBLE_SHARE * largest
+    # Equal values mix at will: see the gap's floor in `smartinit.linalg.krylov`.
+    gap = torch.maximum(following - low, 1e-2 * low).clamp_min(1e-300)
+    mixed = torch.where(visible, low * (_GRAM_ROUND_OFF * largest / gap) ** 2, 0).sum()
+    return bool(mixed > _MIXING**2 * torch.where(visible, low, 0).sum())
 
 
 def _partners(tall: Tensor, inner: Tensor, largest: float) -> tuple[Tensor, Tensor]:

@@ -70,5 +70,5 @@ def test_what_cannot_be_is_refused():
     spectrum = Mica().spectrum(torch.randn(24, 30), None, 4, (24, 30))
     with pytest.raises(ConfigError, match="rank 5"):
         Mica().factors(spectrum, 5, 1.0)
-    with pytest.raises(ModelError, match="'mica'.*NaN"):
+    with pytest.raises(ModelError, match=r"'mica'.*NaN"):
         Mica().spectrum(torch.full((24, 30), float("nan")), None, 4, (24, 30))

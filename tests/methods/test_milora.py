@@ -79,5 +79,5 @@ def test_what_cannot_be_is_refused():
     spectrum = MiLoRA().spectrum(torch.randn(24, 30), None, 4, (24, 30))
     with pytest.raises(ConfigError, match="rank 5"):
         MiLoRA().factors(spectrum, 5, 1.0)
-    with pytest.raises(ModelError, match="'milora'.*NaN"):
+    with pytest.raises(ModelError, match=r"'milora'.*NaN"):
         MiLoRA().spectrum(torch.full((24, 30), float("nan")), None, 4, (24, 30))

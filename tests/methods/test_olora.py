@@ -121,5 +121,5 @@ def test_what_cannot_be_is_refused():
         Olora().factors(spectrum, 5, 1.0)
     with pytest.raises(ConfigError, match="s > 0"):
         Olora().factors(spectrum, 4, -1.0)
-    with pytest.raises(ModelError, match="'olora'.*NaN"):
+    with pytest.raises(ModelError, match=r"'olora'.*NaN"):
         Olora().spectrum(torch.full((24, 30), float("nan")), None, 4, (24, 30))

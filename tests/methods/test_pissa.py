@@ -88,7 +88,7 @@ def test_several_layers_at_once_are_each_what_they_are_alone(seed):
 
 
 def test_stacks_are_bounded_and_complete(seed, monkeypatch):
-    import smartinit.methods.split as split
+    from smartinit.methods import split
 
     monkeypatch.setattr(split, "_STACK_BYTES", 2 * 24 * 30 * 4)
     weights = [oracle.decaying_weight(24, 30, seed=seed + i).float() for i in range(5)]
