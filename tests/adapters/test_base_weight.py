@@ -309,6 +309,19 @@ def test_offset_and_residual_train_alike(host: str, kind: str, make: Callable, t
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("host", HOSTS)
+def test_what_was_given_up_does_not_follow_a_later_scaling(host: str, make: Callable, tokens: torch.Tensor) -> None:
+    results = []
+    for base in BASES:
+        model = wrapped(host, make("llama"), TARGETS["llama"])
+        write_factors(model, *principal(model), base=base)
+        for layer in layers_of(model).values():
+            layer.scaling["default"] *= 1.5
+        results.append(logits(model, tokens))
+    assert (results[0] - logits(make("llama"), tokens)).norm() > 0.01 * results[0].norm()
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("safe_merge", [False, True])
 @pytest.mark.parametrize("kind", TARGETS)
 def test_peft_merges_an_offset_adapter_as_it_computes(
@@ -518,6 +531,17 @@ def test_dora_starts_where_the_base_was(
         assert magnitude.requires_grad
         tolerance = 1e-5 if dtype == torch.float32 else 1e-2
         torch.testing.assert_close(magnitude.flatten(), norms[name], rtol=tolerance, atol=0)
+
+
+def test_doras_magnitudes_are_renewed_in_place(make: Callable, tokens: torch.Tensor) -> None:
+    model = wrapped("peft", make("llama"), TARGETS["llama"], use_dora=True)
+    kept = {name: layer.lora_magnitude_vector["default"].weight for name, layer in layers_of(model).items()}
+    for magnitude in kept.values():
+        nn.init.ones_(magnitude)
+    write_factors(model, *principal(model))
+    assert_same_function(logits(model, tokens), logits(make("llama"), tokens), torch.float32)
+    for name, layer in layers_of(model).items():
+        assert layer.lora_magnitude_vector["default"].weight is kept[name]
 
 
 def test_doras_magnitudes_can_be_given_and_stay_the_same_objects(make: Callable) -> None:
