@@ -343,6 +343,17 @@ def test_a_shared_weight_is_not_split_behind_its_other_users_back(tmp_path: Path
     assert close(on_the_base(tied, folder), one.outputs(one.make()), 1e-6)
 
 
+@pytest.mark.parametrize(("base", "named"), [("residual", None), ("doubled", "org/base")])
+def test_only_an_adapter_for_the_base_names_it(base: str, named: str | None, tmp_path: Path) -> None:
+    """Who loads an adapter of the residual by the base's name would get a wrong model without a word."""
+    artefact = split_start(llama(), si.LoraConfig(r=4, lora_alpha=6, base_model_name_or_path="org/base"), [4])
+    folder = artefact.save(tmp_path / "start", base=base)
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == named
+    assert si.Artefact.load(folder).base_model == "org/base"
+    card = (folder / "README.md").read_text()
+    assert ("save_residual_model" in card) == (base == "residual")
+
+
 def test_what_has_no_residual(tmp_path: Path) -> None:
     one, other = llama(), vision()
     artefact = split_start(one, si.LoraConfig(r=4, lora_alpha=6), [4])

@@ -44,7 +44,6 @@ def test_a_missing_or_broken_shard_and_nan(tmp_path: Path) -> None:
     (tmp_path / "base-00003-of-00005.safetensors").unlink()
     with pytest.raises(ArtefactError, match="only some files of the quantised base"):
         read_base_weights(tmp_path)
-    write_base_weights(tmp_path / "..", {}, shard_bytes=64)
     (tmp_path / "one").mkdir()
     write_base_weights(tmp_path / "one", WEIGHTS)
     (tmp_path / "one" / "base-00001-of-00001.safetensors").write_bytes(b"\xff" * 20)
@@ -56,6 +55,8 @@ def test_a_missing_or_broken_shard_and_nan(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "start/../x", "base-1-of-1.safetensors", "README.md"])
 def test_a_hostile_record_makes_us_read_nothing_else(tmp_path: Path, name: str) -> None:
-    (tmp_path / "smartinit.json").write_text(json.dumps({"format": 2, "files": {name: "0"}}))
+    (tmp_path / "smartinit.json").write_text(
+        json.dumps({"format": 2, "files": {"adapter_config.json": "0", name: "0"}})
+    )
     with pytest.raises(ArtefactError, match="no digests of the files beside it"):
         read_record_only(tmp_path)
