@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -44,7 +45,7 @@ class CollectedGradients:
 
     Attributes:
         sketches: of every target that took part in a loss, by name.
-        idle: targets that never ran, or through which no loss passed.
+        idle: targets that never ran, or that no loss depends on; they have no sketch.
         batches: losses that were differentiated in the last pass, on this rank.
         tokens: tokens of those batches that are no padding; 0 where that cannot be told.
         bad_batches: indices of batches skipped for NaN or Inf.
@@ -105,6 +106,9 @@ def collect_gradients(
         DataError: no batch, no usable one, no loss, a loss that is NaN or depends on no target, gradients that are all
             zero.
         NonFiniteError: NaN or Inf in a gradient.
+
+    Warns:
+        UserWarning: some targets got no gradient.
 
     Cost: ``passes`` forward and backward passes per batch (no weight gradients: two thirds of a training step's work),
     plus ``2 (in + out)(p + q)`` flops per token and target, see `GradientSketch`.
@@ -182,18 +186,27 @@ def _one_pass(capture: BackwardCapture, batches: Iterable[Any], ranks: _Ranks, p
 
 def _set_idle_apart(out: CollectedGradients) -> None:
     """Leave only sketches that saw something, and refuse gradients that have no direction at all."""
-    out.idle = tuple(name for name, sketch in out.sketches.items() if not sketch.rows)
-    out.sketches = {name: sketch for name, sketch in out.sketches.items() if sketch.rows}
-    if not out.sketches:
+    ran = [name for name, sketch in out.sketches.items() if sketch.rows]
+    if not ran:
         raise DataError(
             f"no target layer took part in a loss in {out.batches} batches; check forward_fn, loss_fn and "
             "target_modules"
         )
-    if all(sketch.is_zero for sketch in out.sketches.values()):
+    alive = {name: out.sketches[name] for name in ran if not out.sketches[name].is_zero}
+    if not alive:
         raise DataError(
-            f"the gradients of all {len(out.sketches)} target layers are zero in all {out.batches} batches, so there "
-            "is no direction to start from; check that the loss depends on what the layers compute"
+            f"the gradients of all {len(ran)} target layers are zero in all {out.batches} batches, so there is no "
+            "direction to start from; check that the loss depends on what the layers compute"
         )
+    out.idle = tuple(name for name in out.sketches if name not in alive)
+    if out.idle:
+        warnings.warn(
+            f"{len(out.idle)} of {len(out.sketches)} layers got no gradient from {out.batches} batches (the first: "
+            f"'{out.idle[0]}'), because they never ran or the loss does not depend on them; they start as LoRA does "
+            "by default",
+            stacklevel=4,
+        )
+    out.sketches = alive
 
 
 def _merge(sketches: dict[str, GradientSketch], names: Sequence[str], device: torch.device) -> None:

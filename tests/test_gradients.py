@@ -161,12 +161,16 @@ def test_any_module_with_any_forward_function():
     assert set(result.sketches) == {"0", "2"}
 
 
-def test_what_never_runs_is_idle():
+def test_what_gets_no_gradient_is_idle_and_named():
     model = plain_model()
     model.other = nn.Linear(3, 3)
-    targets = ("0", "2", "other")
-    result = run_plain([torch.ones(4, 6)], model, targets, forward_fn=lambda m, b: m[2](m[1](m[0](b))))
-    assert result.idle == ("other",)
+    model.dead = nn.Linear(6, 3)
+    names = ("0", "2", "other", "dead")
+    with pytest.warns(UserWarning, match=r"2 of 4 layers got no gradient from 1 batches \(the first: 'other'\)"):
+        result = run_plain(
+            [torch.ones(4, 6)], model, names, forward_fn=lambda m, b: m[2](m[1](m[0](b))) + 0 * m.dead(b)
+        )
+    assert result.idle == ("other", "dead")
     assert set(result.sketches) == {"0", "2"}
 
 
