@@ -168,7 +168,7 @@ def test_nan_weights_are_named(method):
 
 
 def test_options_of_the_method():
-    with pytest.raises(ConfigError, match="'corda' has no option 'corda_metod'.*closest: 'corda_method'"):
+    with pytest.raises(ConfigError, match=r"'corda' has no option 'corda_metod'.*closest: 'corda_method'"):
         start(make_model(), "corda", init_options={"corda_metod": "kpm"})
     with pytest.raises(ConfigError, match="frozen_a leaves nothing to train"):
         start(make_model(), "mica", frozen_a=True)

@@ -31,7 +31,7 @@ by smartinit {version}. {effect}
 ```python
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(base_model, "path/to/this/folder", is_trainable=True)
+model = PeftModel.from_pretrained({model}, "path/to/this/folder", is_trainable=True)
 ```
 """
 _CONVERTED = """\
@@ -94,6 +94,7 @@ def model_card(
         method=recipe.method,
         version=recipe.version,
         effect=_effect(effects, base),
+        model=_model(effects, base),
         rows=_table(plan),
         total=plan.total,
         adapted=sum(rank > 0 for rank in plan.ranks.values()),
@@ -138,6 +139,13 @@ def _effect(effects: Collection[Effect], base: str) -> str:
     if "splits" in effects:
         return _DOUBLED if base == "doubled" else _RESIDUAL
     return _SHIFTS if "shifts" in effects else _KEEPS
+
+
+def _model(effects: Collection[Effect], base: str) -> str:
+    """What the loading line calls the model that the folder is for."""
+    if "quantises" in effects:
+        return "quantised_model"
+    return "residual_model" if "splits" in effects and base == "residual" else "base_model"
 
 
 def _by_kind(ranks: Mapping[str, int]) -> dict[str, list[int]]:
