@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from smartinit.adapters import LoraModel
     from smartinit.artefact import Artefact
     from smartinit.config import CordaConfig, EvaConfig, LoftQConfig, LoraConfig, LoraGAConfig
+    from smartinit.convert import convert_adapter, save_residual_model
     from smartinit.eva import get_eva_state_dict, initialize_lora_eva_weights
     from smartinit.factors import Factors
     from smartinit.pipeline import compute, compute_many
@@ -45,10 +46,12 @@ __all__ = [
     "__version__",
     "compute",
     "compute_many",
+    "convert_adapter",
     "errors",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
     "replace_lora_weights_loftq",
+    "save_residual_model",
 ]
 
 # Type checkers read the block above, the interpreter reads this table; a test holds them equal.
@@ -67,9 +70,11 @@ _MODULE_OF = {
     "Spectrum": "smartinit.spectrum",
     "compute": "smartinit.pipeline",
     "compute_many": "smartinit.pipeline",
+    "convert_adapter": "smartinit.convert",
     "get_eva_state_dict": "smartinit.eva",
     "initialize_lora_eva_weights": "smartinit.eva",
     "replace_lora_weights_loftq": "smartinit.quantised",
+    "save_residual_model": "smartinit.convert",
 }
 
 
