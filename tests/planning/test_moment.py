@@ -84,3 +84,20 @@ def test_constant_inputs():
     assert moment.trace == pytest.approx(20)
     assert moment.square_trace == pytest.approx(400)
     assert float(moment.coherence(torch.tensor(1.0))) == pytest.approx(400)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 0.95])
+def test_attraction_of_inputs_with_one_prevailing_direction(share, seed):
+    """Against many pairs: for Gaussian rows only the eigenvalues matter, and long uniform ones are like them."""
+    random = np.random.default_rng(seed)
+    values = np.full(100, (1 - share) / 100)
+    values[0] += share
+    first, second = random.normal(size=(2, 20_000, 100))
+    products = (first * second) @ values
+    scale = np.sqrt((first**2 @ values) * (second**2 @ values))
+    expected = np.mean(products * 2 / math.pi * np.arcsin(np.clip(products / scale, -1, 1)))
+    turn = torch.linalg.qr(torch.tensor(random.normal(size=(100, 100)))).Q
+    whole = turn @ torch.diag(torch.tensor(values)) @ turn.mT
+    zeros = torch.zeros(100, dtype=torch.float64)
+    moment = SecondMoment(100, zeros[:0].unsqueeze(1).expand(0, 100), zeros[:0], zeros, 0.0, whole)
+    assert moment.attraction == pytest.approx(expected, rel=0.1)
