@@ -105,7 +105,7 @@ def collect(
     def new_statistic(target: HookTarget, device: torch.device) -> Statistic:
         wanted = components[target.name]
         if matrices or plan_statistic(target.in_features, wanted).kind == "gram":
-            return GramStatistic(target.in_features, centred=centred, device=device)
+            return GramStatistic(target.in_features, centred=centred, device=device, moments_only=matrices)
         return SubspacePCA(target.in_features, wanted, centred=centred, seed=seed, device=device)
 
     capture = Capture(model, targets, new_statistic, components=components, **capture_options)

@@ -14,8 +14,9 @@ from smartinit.errors import ModelError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from smartinit.job import Job
     from smartinit.methods.base import Method
-    from smartinit.observation import Job, Observed
+    from smartinit.observation import Observed
     from smartinit.spectrum import Spectrum
     from smartinit.targets.weight import Target
 

@@ -148,7 +148,8 @@ def collect_gradients(
             wanted = [t for t in targets if number == 0 or not out.sketches[t.name].exact]
             if number:
                 with ranks.failing_together():
-                    out.sketches |= {t.name: out.sketches[t.name].refined() for t in wanted}
+                    for target in wanted:  # one by one: what the last pass summed up is freed at once
+                        out.sketches[target.name] = out.sketches[target.name].refined()
             capture = BackwardCapture(
                 model,
                 wanted,
@@ -167,6 +168,7 @@ def collect_gradients(
                 _check_usable(out, capture.passes)
             if ranks.exchange:
                 _merge(out.sketches, [t.name for t in wanted], device)
+            del capture  # it holds the sums that the next pass replaces
     _set_idle_apart(out)
     out.seconds = time.perf_counter() - started
     return out

@@ -17,7 +17,8 @@ from smartinit.spectrum import Certificate
 
 if TYPE_CHECKING:
     from smartinit.factors import Factors
-    from smartinit.observation import Job, Observed
+    from smartinit.job import Job
+    from smartinit.observation import Observed
     from smartinit.planning.plan import Plan
     from smartinit.spectrum import Spectrum
     from smartinit.targets.weight import Target

@@ -16,28 +16,13 @@ if TYPE_CHECKING:
     from torch import nn
 
     from smartinit.activations.sites import Site
-    from smartinit.methods.base import Method
-    from smartinit.rank_request import RankRequest
+    from smartinit.corda_files import CordaFiles
+    from smartinit.job import Job
     from smartinit.targets.weight import Target
 
 _ACTIVATIONS = ("activations", "covariance")
 # Above every cosine: a second moment is only as good as the data it has seen, so its sites stay open.
 _NEVER = 2.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """One artefact to be computed.
-
-    Attributes:
-        method: how layers start.
-        request: ranks.
-        targets: the layers, in model order.
-    """
-
-    method: Method
-    request: RankRequest
-    targets: Sequence[Target]
 
 
 @dataclass
@@ -88,6 +73,7 @@ def observe(
     show_progress_bar: bool,
     skip_bad_batches: bool,
     merge_ranks: bool,
+    files: CordaFiles | None = None,
     **capture_options: Any,  # noqa: ANN401 - handed on to Capture
 ) -> Observed:
     """Run the data through the model once for all activations and, if a method needs them, once for gradients.
@@ -102,6 +88,7 @@ def observe(
         show_progress_bar: tqdm on stderr.
         skip_bad_batches: count and skip batches with NaN or Inf.
         merge_ranks: with several ranks, merge their statistics.
+        files: where second moments may lie already, and are kept.
         capture_options: see `smartinit.activations.capture.Capture`.
 
     Raises:
@@ -123,7 +110,10 @@ def observe(
             "activations and gradients take one pass over the data each, and this dataloader can be iterated only "
             "once; pass a list or a DataLoader, or compute the methods one after the other"
         )
-    if reading:
+    known = None if files is None else files.sites(target.name for target in _union(reading))
+    if known is not None:
+        out.sites = known
+    elif reading:
         wants_matrix = any(job.method.needs == "covariance" for job in reading)
         collected = collect(
             model,
@@ -143,8 +133,10 @@ def observe(
         )
         out.sites, out.batches, out.tokens = collected.sites, collected.batches, collected.tokens
         out.bad_batches, out.seconds, out.settled = collected.bad_batches, collected.seconds, collected.settled
-        for job in reading:
-            _check_rows(job, out.site_of)
+        if files is not None:
+            files.keep_sites(out.sites)
+    for job in reading:
+        _check_rows(job, out.site_of)
     if learning:
         from smartinit.gradients import collect_gradients
 

@@ -18,11 +18,13 @@ from smartinit.activations.rows import (
     prepare_model_inputs_fn_language_modeling,
 )
 from smartinit.artefact import Artefact
-from smartinit.decomposition import decompose
+from smartinit.corda_files import CordaFiles
+from smartinit.decomposition import Decomposed, decompose
 from smartinit.errors import ConfigError
 from smartinit.initialisation import resolve_config, resolve_method
+from smartinit.job import Job
 from smartinit.layer_start import LayerStarts
-from smartinit.observation import Job, observe
+from smartinit.observation import Observed, observe
 from smartinit.planning.limits import Limits
 from smartinit.rank_request import RankRequest
 from smartinit.recipe import Recipe
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
 
     from smartinit.activations.rows import ForwardFn, PrepareLayerInputs, PrepareModelInputs
     from smartinit.methods.base import Method
-    from smartinit.observation import Observed
     from smartinit.rank_request import Planner
     from smartinit.spectrum import Spectrum
 
@@ -155,7 +156,8 @@ def compute_many(
     Args:
         model: see `compute`.
         requests: configurations, or pairs ``(configuration, method)``; each becomes an artefact. With EVA beside a
-            method that reads whole second moments, EVA's directions come from these, exactly.
+            method that reads whole second moments, EVA's directions come from these, exactly (without figures on
+            held-out rows, as the moments are not kept in halves).
         dataloader: iterated once for activations, and once more if a method reads gradients.
         store: see `compute`.
         max_batches: see `compute`.
@@ -226,20 +228,32 @@ def _run(
     if options.max_batches is not None and options.max_batches < 1:
         raise ConfigError(f"max_batches={options.max_batches}: expected at least 1")
     jobs = [_job(model, config, method, options) for config, method in pairs]
-    observed = observe(
-        model,
-        jobs,
-        dataloader,
-        loss_fn=options.loss_fn,
-        max_batches=options.max_batches,
-        seed=options.seed,
-        show_progress_bar=options.show_progress_bar,
-        skip_bad_batches=options.skip_bad_batches,
-        merge_ranks=options.merge_ranks,
-        config=jobs[0].request.config,
-        **options.capture,
+    files = CordaFiles.of(model, jobs, dataloader, options.max_batches)
+    cached = None if files is None else files.spectra()
+    observed = (
+        Observed()
+        if cached is not None
+        else observe(
+            model,
+            jobs,
+            dataloader,
+            loss_fn=options.loss_fn,
+            max_batches=options.max_batches,
+            seed=options.seed,
+            show_progress_bar=options.show_progress_bar,
+            skip_bad_batches=options.skip_bad_batches,
+            merge_ranks=options.merge_ranks,
+            files=files,
+            config=jobs[0].request.config,
+            **options.capture,
+        )
     )
-    decomposed = decompose(jobs, observed, seed=options.seed, show_progress_bar=options.show_progress_bar)
+    if cached is not None:
+        decomposed = [Decomposed(cached)]
+    else:
+        decomposed = decompose(jobs, observed, seed=options.seed, show_progress_bar=options.show_progress_bar)
+        if files is not None:
+            files.keep_spectra(decomposed[0].spectra)
     starts = LayerStarts(observed, seed=options.seed)
     artefacts = []
     for job, found in zip(jobs, decomposed, strict=True):

@@ -44,7 +44,8 @@ TIERS = (
     tier("data artefact artefact_record convert store", 0, 1, 2, 3, 4, 5),
     tier("streaming distributed", 0, 1, 2, 3, 4, 5, 6),
     tier(
-        "pipeline collect decomposition gradients initialisation layer_start observation quantised rank_request eva",
+        "pipeline collect corda_files decomposition gradients initialisation job layer_start observation "
+        "quantised rank_request eva",
         0,
         1,
         2,

@@ -73,8 +73,9 @@ class CordaConfig:
     """CorDA (arXiv 2406.05223).
 
     Attributes:
-        cache_file: PEFT's; not read here, where the store serves its purpose.
-        covariance_file: likewise.
+        cache_file: what was computed lies here, or is kept here: safetensors with a digest of model, data and
+            options; a file for anything else is refused. (PEFT's pickle is.)
+        covariance_file: likewise, the inputs' second moments.
         corda_method: ``"ipm"`` starts from the directions that the data uses most, ``"kpm"`` from those it uses
             least, which spares what the base model knows.
         verbose: PEFT's; progress is shown by the caller here.

@@ -210,7 +210,8 @@ class _State:
         gap = torch.maximum(top - following, _GAP_FLOOR * top).clamp_min(1e-30)
         # ‖WᵀW v - σ² v‖ is what the last block's share of v leaves in the remainder; over σ: ‖Wᵀu - σ v‖.
         residual = torch.linalg.vector_norm(self.remainder.mT @ vectors[:, -block:, :k], dim=1)
-        error = torch.linalg.vector_norm(residual / gap, dim=1)  # (residual / σ) / gap · σ
+        # (residual / σ) / gap · σ; what is no longer visible beside σ₁ does no harm whichever way it points
+        error = torch.linalg.vector_norm(torch.minimum(residual / gap, 2 * top), dim=1)
         enough: Tensor = error <= options.tolerance * torch.linalg.vector_norm(top, dim=1)
         return enough
 

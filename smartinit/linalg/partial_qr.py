@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CHUNK = 256
-# Squared residual norms are downdated; below this share of where they began they are computed afresh when chosen.
-_TRUSTED_SHARE = 1e-3
+# Squared residual norms are downdated; when the largest has fallen to this share, round-off shows: all are taken afresh.
+_TRUSTED_SHARE = 0.03
 
 
 class PartialQR(NamedTuple):
@@ -75,7 +75,7 @@ def pivoted_qr(weight: Tensor, r: int) -> PartialQR:
         weight: ``(out, in)``.
         r: at most ``min(out, in)``.
 
-    Cost: ``2 out·in·r`` flops in r passes over W.
+    Cost: ``2 out·in·r`` flops in r passes over W; a few more where the energies decay steeply.
     """
     matrix = working_copy(weight)
     out, features = matrix.shape
@@ -83,9 +83,13 @@ def pivoted_qr(weight: Tensor, r: int) -> PartialQR:
     basis = matrix.new_zeros(out, r, dtype=torch.float64)
     rows = matrix.new_zeros(r, features)
     before = torch.linalg.vector_norm(matrix, dim=0, dtype=torch.float64) ** 2
-    left = before.clone()
+    left, trusted = before.clone(), _TRUSTED_SHARE * float(before.max())
     columns: list[int] = []
     while len(columns) < r:
+        if columns and float(left.max()) < trusted:
+            left = _energies_left(matrix, basis[:, : len(columns)])
+            left[columns] = 0
+            trusted = _TRUSTED_SHARE * float(left.max())
         column, direction = _most_energetic(matrix, basis[:, : len(columns)], before, left, floor)
         if direction is None:
             break
@@ -111,7 +115,7 @@ def _most_energetic(
 ) -> tuple[int, Tensor | None]:
     """The column with the largest squared residual and its normalised residual; None when only round-off is left.
 
-    ``left`` is an estimate, corrected in place for the columns that are looked at.
+    ``left`` is set to 0, in place, for columns of which only round-off is left.
     """
     for _ in range(matrix.shape[1]):
         column = int(left.argmax())
@@ -122,10 +126,14 @@ def _most_energetic(
         if energy <= floor**2 * float(before[column]):
             left[column] = 0
             continue
-        estimate, left[column] = float(left[column]), energy
-        if estimate > _TRUSTED_SHARE * float(before[column]) or int(left.argmax()) == column:
-            return column, residual / energy**0.5
+        return column, residual / energy**0.5
     return -1, None
+
+
+def _energies_left(matrix: Tensor, basis: Tensor) -> Tensor:
+    """``(in,)`` squared norms of the columns beside the span of ``basis``, in float64, some columns at a time."""
+    chunks = (_residual(chunk.double(), basis) for chunk in matrix.split(_CHUNK, 1))
+    return torch.cat([torch.linalg.vector_norm(chunk, dim=0) ** 2 for chunk in chunks])
 
 
 def _residual(columns: Tensor, basis: Tensor) -> Tensor:

@@ -165,14 +165,14 @@ class GradientSketch:
             self._triplets = self._decompose()
         u, s, v, total, residuals = self._triplets
         k = min(components, int(s.numel()))
-        rows = v[:k].float()
+        rows = v[:k]
         signed = with_largest_positive(rows)
         flips = (signed * rows).sum(1).sign()
         values = s[:k].clone()
         captured = min(1.0, float(values.square().sum()) / total) if total > 0 else None
         residual = 0.0 if self.exact else None if residuals is None or not k else float(residuals[k - 1])
         certificate = Certificate(self.rows, residual=residual, captured=captured, components=k)
-        return Triplets(u[:, :k].float() * flips, values, signed, total, certificate)
+        return Triplets(u[:, :k] * flips, values, signed, total, certificate)
 
     def refined(self) -> GradientSketch:
         """An empty sketch for another pass over the same data, through the directions found so far.
@@ -185,7 +185,7 @@ class GradientSketch:
             self._triplets = self._decompose()
         u, _, v, _, _ = self._triplets
         width = self._right.shape[1]
-        bases = (v[:width].mT.float().contiguous(), u[:, :width].float().contiguous())
+        bases = (v[:width].mT.contiguous(), u[:, :width].contiguous())
         return type(self)(*self.shape, self.components, seed=self.seed, device=self._sums[0].device, bases=bases)
 
     def copy(self) -> GradientSketch:
@@ -257,11 +257,11 @@ class GradientSketch:
         self._sums[2].addmm_(delta.mT, self._probes[index], alpha=scale)
 
     def _decompose(self) -> tuple[Tensor, Tensor, Tensor, float, Tensor | None]:
-        """All triplets in float64, ``‖G‖²``, and the residuals of the leading k directions for every k."""
+        """All triplets, computed in float64, ``‖G‖²``, and the residuals of the leading k directions for every k."""
         sums = [part.double() / max(self.batches, 1) for part in self._sums]
         if self.exact:
             u, s, v = torch.linalg.svd(sums[0], full_matrices=False)
-            return u, s, v, float(sums[0].square().sum()), None
+            return u.float(), s, v.float(), float(sums[0].square().sum()), None
         y, z, probed = sums
         right, left = self._right.double(), self._left.double()
         residuals = None
@@ -273,7 +273,7 @@ class GradientSketch:
         seen = u @ (s.unsqueeze(1) * (v @ self._probes.double()))
         outside = float(probed.square().sum() - seen.square().sum()) / _PROBES
         own = float(s.square().sum())
-        return u, s, v, max(own, own + outside), residuals
+        return u.float(), s, v.float(), max(own, own + outside), residuals
 
 
 def _through_random(y: Tensor, z: Tensor, left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
