@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from smartinit.config import EvaConfig
 from smartinit.errors import ConfigError
-from smartinit.planning.captured import captured_ranks
+from smartinit.planning.captured import captured_ranks, short_targets
 from smartinit.planning.scaling import plan_with_alphas
 from smartinit.planning.uniform import uniform_ranks
 from smartinit.planning.variance import component_limit, variance_ranks
@@ -131,6 +132,14 @@ class RankRequest:
     def plan(self, ratios: Mapping[str, Sequence[float]]) -> Plan:
         """Final ranks and alphas."""
         ranks = self.ranks(ratios)
+        if self.captured is not None:
+            short = short_targets(ratios, self.captured, ranks)
+            if short:
+                warnings.warn(
+                    f"{len(short)} of {len(ranks)} layers do not reach captured={self.captured:g} with the directions "
+                    f"they may have, for instance '{min(short)}'; raise max_rank, or the budget if there is one",
+                    stacklevel=5,
+                )
         # A layer that never ran has no share to compete with: what was asked for, unless the budget is explicit.
         free = self.limits.budget is None and self.limits.params is None
         return plan_with_alphas(

@@ -210,6 +210,11 @@ def test_ranks_from_a_captured_share(method):
         assert sum(layer.ratios[: rank - 1]) < 0.5
 
 
+def test_layers_that_cannot_capture_the_share_are_named():
+    with pytest.warns(UserWarning, match=r"2 of 2 layers do not reach captured=0.99 .*'model.layers.0"):
+        si.compute(make_model(), config("pissa"), captured=0.99, max_rank=6, show_progress_bar=False)
+
+
 def test_defect_10_merging_adapters_decomposes_nothing_again():
     peft = pytest.importorskip("peft")
     model = make_model()
