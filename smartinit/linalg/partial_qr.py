@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CHUNK = 256
-# Squared residual norms are downdated; when the largest has fallen to this share, round-off shows: all are taken afresh.
+# Squared residual norms are downdated; when the largest has fallen to this share, all are computed afresh.
 _TRUSTED_SHARE = 0.03
 
 
