@@ -43,7 +43,7 @@ def assert_leading(sketch, gradient, k=4, tolerance=1e-3):
 
 
 def test_the_directions_are_those_of_the_mean_gradient(tiny_llama):
-    model = tiny_llama(hidden_size=128, intermediate_size=160)
+    model = tiny_llama(hidden_size=128, intermediate_size=160, num_key_value_heads=4)
     batches = batches_of()
     expected = mean_gradients(model, batches, own_loss)
     result = run(model, batches, passes=4)
@@ -57,7 +57,7 @@ def test_the_directions_are_those_of_the_mean_gradient(tiny_llama):
 
 
 def test_a_second_pass_finds_more(tiny_llama):
-    model = tiny_llama(hidden_size=128, intermediate_size=160)
+    model = tiny_llama(hidden_size=128, intermediate_size=160, num_key_value_heads=4)
     batches = batches_of()
     expected = mean_gradients(model, batches, own_loss)
 
@@ -73,7 +73,7 @@ def test_a_second_pass_finds_more(tiny_llama):
 
 
 def test_a_generator_gets_one_pass(tiny_llama):
-    model = tiny_llama(hidden_size=128, intermediate_size=160)
+    model = tiny_llama(hidden_size=128, intermediate_size=160, num_key_value_heads=4)
     result = run(model, (batch for batch in batches_of()))
     assert (result.passes, result.batches) == (1, 3)
     assert result.sketches["model.layers.0.self_attn.q_proj"].triplets(4).certificate.residual is None
@@ -97,7 +97,7 @@ def test_small_models_are_exact_in_one_pass(tiny_llama):
 
 
 def test_max_batches_bounds_every_pass(tiny_llama):
-    model = tiny_llama(hidden_size=128, intermediate_size=160)
+    model = tiny_llama(hidden_size=128, intermediate_size=160, num_key_value_heads=4)
     forwards = []
     model.register_forward_hook(lambda *_: forwards.append(1))
     assert run(model, batches_of(5), max_batches=2).batches == 2
@@ -243,11 +243,11 @@ def test_the_second_pass_must_have_data(tiny_llama):
             return iter(data)
 
     with pytest.raises(DataError, match=r"gave no batch in pass 2; .* or passes=1"):
-        run(tiny_llama(hidden_size=128, intermediate_size=160), Once())
+        run(tiny_llama(hidden_size=128, intermediate_size=160, num_key_value_heads=4), Once())
 
 
 def test_the_same_seed_gives_the_same_sketch(tiny_llama):
-    model = tiny_llama(hidden_size=128, intermediate_size=160)
+    model = tiny_llama(hidden_size=128, intermediate_size=160, num_key_value_heads=4)
     first, again = run(model, batches_of(), seed=3), run(model, batches_of(), seed=3)
     other = run(model, batches_of(), seed=4)
     for name, sketch in first.sketches.items():

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve()
 RANK = 16
-SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16}
-QUICK_SHAPE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 8}
+SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 2, "num_attention_heads": 16}
+QUICK_SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 3, "num_attention_heads": 8}
 VOCABULARY, BATCHES, SEQUENCES, TOKENS = 512, 4, 2, 128
 PASSES = {"one pass": 1, "two passes": 2}
 
@@ -65,15 +65,14 @@ def run(options: argparse.Namespace) -> list[Row]:
 def _missed(truth: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> float:
     """Mean share of the energy of the best 2r directions that the first step of A and B cannot reach."""
     shares = []
-    for name, gradient in truth.items():
+    for name in (key.removesuffix(".best") for key in truth if key.endswith(".best")):
         a = torch.linalg.qr(found[f"{name}.a"].double().mT).Q
         b = torch.linalg.qr(found[f"{name}.b"].double()).Q
+        gradient = truth[name]
         outside = gradient - b @ (b.mT @ gradient)
         outside -= (outside @ a) @ a.mT
-        total = float(gradient.square().sum())
-        small = gradient @ gradient.mT if gradient.shape[0] < gradient.shape[1] else gradient.mT @ gradient
-        best = float(torch.linalg.eigvalsh(small)[-2 * RANK :].sum())
-        shares.append(1 - (total - float(outside.square().sum())) / best)
+        reached = float(gradient.square().sum()) - float(outside.square().sum())
+        shares.append(1 - reached / float(truth[f"{name}.best"]))
     return sum(shares) / len(shares)
 
 
@@ -188,11 +187,13 @@ def _truth(model: LlamaForCausalLM, batches: list[dict[str, torch.Tensor]]) -> d
     model.double()
     for batch in batches:
         model(**batch).loss.backward()
-    return {
-        name.removesuffix(".weight"): p.grad
-        for name, p in model.named_parameters()
-        if "layers.0." in name and "_proj" in name and p.grad is not None
-    }
+    out = {}
+    for name, p in model.named_parameters():
+        if "layers.0." in name and "_proj" in name and p.grad is not None:
+            gradient = p.grad if p.grad.shape[0] < p.grad.shape[1] else p.grad.mT
+            squared = torch.linalg.eigvalsh(gradient @ gradient.mT)[-2 * RANK :]
+            out |= {name.removesuffix(".weight"): p.grad, name.removesuffix("weight") + "best": squared.sum()}
+    return out
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class GradientSketch:
         batches: losses whose gradients were added up; the gradient is their mean.
         exact: whether ``G`` is kept as it is, because the sketch would take as much memory.
 
-    Memory: ``4 (out·q + 2·in·q)`` bytes with ``q = 2·components``, at most ``4·out·in``; as much again for the bases
+    Memory: ``4 (out·q + 2·in·q)`` bytes with ``q = 3·components``, at most ``4·out·in``; as much again for the bases
     after the first pass.
     """
 
@@ -86,7 +86,7 @@ class GradientSketch:
         self.rows = 0
         self.batches = 0
         smaller = min(self.shape)
-        width = min(smaller, 2 * max(components, 8))
+        width = min(smaller, 3 * max(components, 8))
         taller = min(out_features, 2 * width + 1)
         # With bases of an earlier pass the sketch was no exact one.
         self.exact = bases is None and (width + _PROBES) * out_features + taller * in_features >= (
