@@ -47,7 +47,7 @@ def test_the_directions_are_those_of_the_mean_gradient(tiny_llama):
     batches = batches_of()
     expected = mean_gradients(model, batches, own_loss)
     result = run(model, batches, passes=4)
-    assert result.passes == 4
+    assert 2 <= result.passes <= 4
     assert (result.batches, result.tokens) == (3, 81)
     assert result.seconds > 0
     assert not result.idle
@@ -70,6 +70,17 @@ def test_a_second_pass_finds_more(tiny_llama):
         return out
 
     assert lost(2) < lost(1) / 2
+
+
+def test_the_passes_end_when_nothing_moves_any_more(tiny_llama):
+    model = tiny_llama(hidden_size=128, intermediate_size=160, num_key_value_heads=4)
+    batches = batches_of(1, shape=(1, 6))  # gradients of rank 6, which the first pass knows
+    result = run(model, batches, passes=9)
+    assert result.passes == 2
+    expected = mean_gradients(model, batches, own_loss)
+    for name, sketch in result.sketches.items():
+        assert sketch.triplets(6).certificate.residual < 1e-3
+        assert_leading(sketch, expected[f"{name}.weight"], k=5, tolerance=1e-6)
 
 
 def test_a_generator_gets_one_pass(tiny_llama):
@@ -100,7 +111,7 @@ def test_max_batches_bounds_every_pass(tiny_llama):
     model = tiny_llama(hidden_size=128, intermediate_size=160, num_key_value_heads=4)
     forwards = []
     model.register_forward_hook(lambda *_: forwards.append(1))
-    assert run(model, batches_of(5), max_batches=2).batches == 2
+    assert run(model, batches_of(5), max_batches=2, passes=2).batches == 2
     assert len(forwards) == 4
 
 

@@ -33,7 +33,7 @@ RANK = 16
 SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 2, "num_attention_heads": 16}
 QUICK_SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 3, "num_attention_heads": 8}
 VOCABULARY, BATCHES, SEQUENCES, TOKENS = 512, 4, 2, 128
-PASSES = {"one pass": 1, "two passes": 2}
+PASSES = {"one pass": 1, "two passes": 2, "three passes": 3}
 
 
 def run(options: argparse.Namespace) -> list[Row]:

@@ -83,7 +83,7 @@ def test_the_residual_tells_how_far_the_last_pass_still_moved_the_directions(see
     small = u.T @ gradient @ v
     left, right = gradient @ v - u @ small, gradient.T @ u - v @ small.T
     size = (gradient @ v).square().sum() + (gradient.T @ u).square().sum()
-    assert residuals[1] == pytest.approx(float(((left.square().sum() + right.square().sum()) / size).sqrt()), rel=1e-3)
+    assert residuals[1] == pytest.approx(float(((left.square().sum() + right.square().sum()) / size).sqrt()), rel=2e-2)
 
 
 def test_the_total_is_an_unbiased_estimate():
