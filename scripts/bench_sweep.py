@@ -41,7 +41,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, batches, name = load(options)
-    layers = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and min(m.weight.shape) > 1]
+    # A pooler sees one row per text: too few for whole second moments.
+    layers = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "pooler" not in n]
     smallest = min(min(model.get_submodule(n).weight.shape) for n in layers)
     ranks = sorted({min(rank, smallest) for rank in options.ranks})
     configs = [

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from tqdm import tqdm
 
-from smartinit.errors import ModelError
+from smartinit.errors import ModelError, SmartinitError
+from smartinit.methods.base import Method
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from smartinit.job import Job
-    from smartinit.methods.base import Method
     from smartinit.observation import Observed
     from smartinit.spectrum import Spectrum
     from smartinit.targets.weight import Target
@@ -114,18 +115,32 @@ def _computed(
         kind = (same[0].host, same[0].device, same[0].dtype)
         batches.setdefault((same[0].shape, limit, kind), []).append(same)
     for (shape, limit, (host, _, _)), group in batches.items():
-        for start in range(0, len(group), _TOGETHER):
-            some = group[start : start + _TOGETHER]
+        # One by one where that costs nothing: an error then names its layer.
+        step = 1 if type(method).spectra is Method.spectra else _TOGETHER
+        for start in range(0, len(group), step):
+            some = group[start : start + step]
             leaders = [same[0] for same in some]
-            spectra = method.on(host).spectra(
-                [_weight(t) if method.needs_weight else None for t in leaders],
-                [observed.statistic(job, t.name) for t in leaders],
-                limit,
-                shape,
-                seeds=[layer_seed(seed, t.name) for t in leaders],
-            )
+            weights = [_weight(t) if method.needs_weight else None for t in leaders]
+            with _named(leaders):
+                spectra = method.on(host).spectra(
+                    weights,
+                    [observed.statistic(job, t.name) for t in leaders],
+                    limit,
+                    shape,
+                    seeds=[layer_seed(seed, t.name) for t in leaders],
+                )
             for same, spectrum in zip(some, spectra, strict=True):
                 yield [t.name for t in same], spectrum
+
+
+@contextmanager
+def _named(targets: Sequence[Target]) -> Iterator[None]:
+    """Errors of a method, which knows no names, say where they were."""
+    try:
+        yield
+    except SmartinitError as error:
+        others = f" or {len(targets) - 1} more of its shape" if len(targets) > 1 else ""
+        raise type(error)(f"layer '{targets[0].name}'{others}: {error}") from error
 
 
 def _identity(method: Method, target: Target, observed: Observed) -> object:
