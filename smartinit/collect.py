@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,8 @@ from tqdm import tqdm
 from smartinit.activations.capture import Capture
 from smartinit.activations.sites import Site
 from smartinit.activations.state import model_device
-from smartinit.distributed.reduce import any_rank, is_first_rank, merge_over_ranks, world_size
+from smartinit.distributed.passes import RanksInStep, expected_passes, length_of, most_passes
+from smartinit.distributed.reduce import is_first_rank, merge_over_ranks, world_size
 from smartinit.errors import DataError
 from smartinit.statistics.cost import plan_statistic
 from smartinit.statistics.gram import GramStatistic
@@ -23,15 +23,12 @@ from smartinit.statistics.settling import settle_full
 from smartinit.statistics.subspace import SubspacePCA
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from torch import nn
 
     from smartinit.activations.selection import HookTarget
     from smartinit.statistics.base import Statistic
-
-_NO_BATCH = object()
-_MOST_BATCHES = 10_000
 
 
 @dataclass
@@ -98,7 +95,7 @@ def collect(
         DataError: no batch at all, or none that was usable.
         NonFiniteError: see `Capture.run`.
     """
-    if _length(batches) == 0:
+    if length_of(batches) == 0:
         msg = "the dataloader is empty: it has no batch to compute activations from"
         raise DataError(msg)
 
@@ -110,17 +107,17 @@ def collect(
 
     capture = Capture(model, targets, new_statistic, components=components, **capture_options)
     device = model_device(model) or torch.device("cpu")
-    ranks = _Ranks(device, merge_ranks and world_size() > 1)
+    ranks = RanksInStep(device, merge_ranks and world_size() > 1)
     start = time.perf_counter()
     progress = tqdm(
-        total=_expected(batches, max_batches),
+        total=expected_passes(batches, max_batches),
         desc="activations",
         unit="batch",
         disable=not (show_progress_bar and is_first_rank()),
     )
     names = [target.name for target in targets]
     with capture, progress:
-        for batch in ranks.together(islice(batches, _bound(batches, max_batches))):
+        for batch in ranks.together(islice(batches, most_passes(batches, max_batches))):
             with ranks.failing_together():
                 if capture.run(batch):
                     with torch.autocast(device.type, enabled=False):
@@ -151,80 +148,12 @@ def collect(
     return collected
 
 
-@dataclass(frozen=True)
-class _Ranks:
-    """Keeps the ranks of a data-parallel run in step, so that none waits for another for ever.
-
-    What is exchanged per pass has one length on all ranks: one flag per target, whatever sites a rank has seen.
-    """
-
-    device: torch.device
-    exchange: bool
-
-    def together(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches, until the first rank has none left."""
-        stream = iter(batches)
-        while True:
-            batch = next(stream, _NO_BATCH)
-            over = batch is _NO_BATCH
-            if any_rank([over], self.device)[0] if self.exchange else over:
-                return
-            yield batch
-
-    @contextmanager
-    def failing_together(self) -> Iterator[None]:
-        """If the block fails on one rank, it fails on all: the others must not wait in the next exchange.
-
-        Raises:
-            DataError: on the ranks that did not fail themselves.
-        """
-        failed = True
-        try:
-            yield
-            failed = False
-        finally:
-            elsewhere = self.exchange and any_rank([failed], self.device)[0] and not failed
-        if elsewhere:
-            raise DataError("another rank failed; its message says why")
-
-    def agree_on_open(self, sites: Sequence[Site], names: Sequence[str]) -> bool:
-        """A site stays open while any rank needs it: all ranks end their passes at the same layer.
-
-        Returns:
-            Whether any target needs more data; one that has not run yet does.
-        """
-        is_open = dict.fromkeys(names, True) | {name: site.open for site in sites for name in site.names}
-        if self.exchange:
-            is_open = dict(zip(names, any_rank([is_open[name] for name in names], self.device), strict=True))
-            for site in sites:
-                site.open = any(is_open[name] for name in site.names)
-        return any(is_open.values())
-
-
 def _close_settled(sites: Sequence[Site], demand: Demand, tau: float) -> None:
     if not settle_full([site.statistic for site in sites if site.open]):
         return
     needed = demand(sites)
     for site in sites:
         site.open = not site.statistic.settled(tau, max(needed.get(name, 0) for name in site.names))
-
-
-def _length(batches: Iterable[Any]) -> int | None:
-    """Number of batches where it is known: a `DataLoader` of a stream has ``__len__``, which raises."""
-    try:
-        return len(batches) if isinstance(batches, Sized) else None
-    except (TypeError, NotImplementedError):
-        return None
-
-
-def _bound(batches: Iterable[Any], max_batches: int | None) -> int | None:
-    """Most passes: as asked, or the data's own length; a stream of unknown length may have no end."""
-    return _MOST_BATCHES if max_batches is None and _length(batches) is None else max_batches
-
-
-def _expected(batches: Iterable[Any], max_batches: int | None) -> int | None:
-    bounds = [bound for bound in (_length(batches), max_batches) if bound is not None]
-    return min(bounds, default=None)
 
 
 def _show(bar: tqdm[Any], capture: Capture, start: float) -> None:

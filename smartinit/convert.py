@@ -87,6 +87,8 @@ def convert_adapter(
         raise ConfigError(
             f"'{trained.folder}' keeps no start of its own; name the folder that the training began with as start"
         )
+    if (trained.folder / REPORT_FILE).is_file():
+        raise ConfigError(f"'{trained.folder}' was converted already ({REPORT_FILE} says so); use it as it is")
     start = read_start(trained.folder if start_folder is None else start_folder)
     conversion = convert(trained, start, rank=rank, dtype=dtype)
     tensors: dict[str, torch.Tensor] = dict(conversion.others)

@@ -17,7 +17,7 @@ from smartinit.activations.backward import BackwardCapture
 from smartinit.activations.forward import unwrap, without_cache
 from smartinit.activations.rows import forward_fn_dict, token_masks
 from smartinit.activations.state import model_device
-from smartinit.collect import _bound, _expected, _length, _Ranks
+from smartinit.distributed.passes import RanksInStep, expected_passes, length_of, most_passes
 from smartinit.distributed.reduce import is_first_rank, merge_over_ranks, world_size
 from smartinit.errors import ArgumentError, ConfigError, DataError
 from smartinit.statistics.gradient import GradientSketch
@@ -119,11 +119,11 @@ def collect_gradients(
     """
     if passes < 1:
         raise ConfigError(f"passes={passes}: expected at least 1")
-    if _length(batches) == 0:
+    if length_of(batches) == 0:
         raise DataError("the dataloader is empty: it has no batch to compute gradients from")
     once = isinstance(batches, Iterator)
     device = model_device(model) or torch.device("cpu")
-    ranks = _Ranks(device, merge_ranks and world_size() > 1)
+    ranks = RanksInStep(device, merge_ranks and world_size() > 1)
     started = time.perf_counter()
     out = CollectedGradients(
         {
@@ -139,7 +139,7 @@ def collect_gradients(
     )
     once = isinstance(batches, Iterator) or all(sketch.exact for sketch in out.sketches.values())
     planned = 1 if once else passes
-    expected = _expected(batches, max_batches)
+    expected = expected_passes(batches, max_batches)
     progress = tqdm(
         total=None if expected is None else expected * planned,
         desc="gradients",
@@ -163,7 +163,7 @@ def collect_gradients(
                 autocast=autocast,
                 skip_bad_batches=skip_bad_batches,
             )
-            stream = ranks.together(islice(batches, _bound(batches, max_batches)))
+            stream = ranks.together(islice(batches, most_passes(batches, max_batches)))
             with capture:
                 out.batches, out.tokens = _one_pass(capture, stream, ranks, progress)
             out.sketches |= capture.sketches
@@ -188,7 +188,9 @@ def _refine(sketches: dict[str, GradientSketch], name: str) -> bool:
     return True
 
 
-def _one_pass(capture: BackwardCapture, batches: Iterable[Any], ranks: _Ranks, progress: tqdm[Any]) -> tuple[int, int]:
+def _one_pass(
+    capture: BackwardCapture, batches: Iterable[Any], ranks: RanksInStep, progress: tqdm[Any]
+) -> tuple[int, int]:
     """Batches and tokens that were used."""
     used = tokens = 0
     for batch in batches:

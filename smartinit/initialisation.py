@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from types import MappingProxyType, NoneType
 from typing import TYPE_CHECKING, Any
 
 from smartinit.config import LoraConfig
@@ -23,6 +24,13 @@ _FIELD_OF: Mapping[str, Mapping[str, str]] = {
     "loftq": {"loftq_bits": "bits", "loftq_iter": "iterations"},
     "lora_ga": {"direction": "direction", "scale": "scale", "stable_gamma": "stable_gamma"},
 }
+# Type of an option's default -> what it takes. An option without a value (None) takes a count.
+_KINDS: Mapping[type, tuple[type, ...]] = MappingProxyType(
+    {bool: (bool,), int: (int,), float: (int, float), str: (str,), NoneType: (int, NoneType)}
+)
+_WORDS: Mapping[type, str] = MappingProxyType(
+    {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "a whole number or null"}
+)
 # Other words for registered names: what people write on a command line.
 ALIASES: Mapping[str, str] = {"default": "kaiming", "lora": "kaiming", "output-pca": "output_pca"}
 
@@ -72,10 +80,22 @@ def resolve_method(config: LoraConfig, method: str | Method | None = None) -> Me
         if key not in allowed:
             said = f"its options are {', '.join(allowed)}" if allowed else "it has no options"
             raise ConfigError(f"the method '{name}' has no option {key!r}; {said}{closest(key, allowed)}")
+    _check_kinds(kind, name, config.init_options)
     try:
         return kind(**{**options, **config.init_options})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"init_options of '{name}': {error}") from error
+
+
+def _check_kinds(kind: type[Method], name: str, given: Mapping[str, Any]) -> None:
+    """Text is no truth value and 2.5 no count, whatever Python would make of them: the default says what is meant."""
+    defaults = {field.name: field.default for field in fields(kind)}
+    for key, value in given.items():
+        wanted = _KINDS.get(type(defaults[key]), ())
+        as_bool = isinstance(value, bool) and bool not in wanted
+        if wanted and (as_bool or not isinstance(value, wanted)):
+            expected = _WORDS[type(defaults[key])]
+            raise ConfigError(f"the option {key} of '{name}' is {value!r}; expected {expected}")
 
 
 def _peft_options(config: LoraConfig, name: str) -> dict[str, Any]:

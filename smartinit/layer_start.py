@@ -10,14 +10,14 @@ import torch
 from smartinit.artefact_record import LayerSummary
 from smartinit.decomposition import layer_seed
 from smartinit.errors import ConfigError, VerificationError
-from smartinit.factors import default_factors
+from smartinit.factors import Factors, default_factors
 from smartinit.planning.gain import gain_of, match_gain
 from smartinit.planning.moment import SecondMoment
 from smartinit.spectrum import Certificate
 
 if TYPE_CHECKING:
-    from smartinit.factors import Factors
     from smartinit.job import Job
+    from smartinit.methods.base import Method
     from smartinit.observation import Observed
     from smartinit.planning.plan import Plan
     from smartinit.spectrum import Spectrum
@@ -55,15 +55,11 @@ class LayerStarts:
         name, config = target.name, job.request.config
         rank, scaling = plan.ranks[name], plan.scaling(name)
         method = job.method.on(target.host)
-        if spectrum is None:
-            out_features, in_features = target.shape
-            pair = default_factors(rank, in_features, out_features, seed=layer_seed(self._seed, name))
-            ratios: tuple[float, ...] = ()
-            certificate = Certificate(rows=0)
-        else:
-            pair = replace(method.factors(spectrum, rank, scaling), trains=method.trains)
-            ratios = tuple(spectrum.ratios.tolist())
-            certificate = self._certificate(job, name, rank, spectrum)
+        pair = self._factors(method, target, rank, scaling, spectrum)
+        ratios: tuple[float, ...] = ()
+        certificate = Certificate(rows=0)
+        if spectrum is not None:
+            ratios, certificate = tuple(spectrum.ratios.tolist()), self._certificate(job, name, rank, spectrum)
         if config.frozen_a:
             if pair.trains == "a":
                 raise ConfigError(f"frozen_a leaves nothing to train: '{job.method.name}' trains A alone")
@@ -83,6 +79,14 @@ class LayerStarts:
             pair = replace(pair, magnitude=magnitude(target, pair, scaling))
         kernel = tuple(target.module.kernel_size) if target.host == "conv2d" else None  # type: ignore[arg-type]
         return pair, LayerSummary(target.shape, ratios, certificate, kind=target.host, kernel=kernel, gain=gain)
+
+    def _factors(self, method: Method, target: Target, rank: int, scaling: float, spectrum: Spectrum | None) -> Factors:
+        out_features, in_features = target.shape
+        if rank == 0:  # no adapter: there is nothing to scale, and alpha may be 0
+            return Factors(torch.zeros(0, in_features), torch.zeros(out_features, 0))
+        if spectrum is None:
+            return default_factors(rank, in_features, out_features, seed=layer_seed(self._seed, target.name))
+        return replace(method.factors(spectrum, rank, scaling), trains=method.trains)
 
     def _moment(self, name: str, features: int) -> SecondMoment:
         site = self._site_of.get(name)

@@ -24,6 +24,7 @@ from smartinit.errors import ConfigError
 from smartinit.initialisation import resolve_config, resolve_method
 from smartinit.job import Job
 from smartinit.layer_start import LayerStarts
+from smartinit.methods import available_methods
 from smartinit.observation import Observed, observe
 from smartinit.planning.limits import Limits
 from smartinit.rank_request import RankRequest
@@ -75,7 +76,8 @@ def compute(
     Args:
         model: a plain module, a `smartinit.LoraModel` or a ``peft.PeftModel``; it is left exactly as it was.
         config: what to adapt and how it starts; None on a wrapped model: that of ``adapter_name``.
-        dataloader: batches for the forward pass, iterated at most once; not read by methods that need no data.
+        dataloader: batches for the forward pass, iterated once; by methods that read gradients up to three times (a
+            generator once, which is less exact); not read by methods that need no data.
         store: reserved; must be None.
         max_batches: bound on forward passes; None: one pass over the data. Layers stop paying when they settle.
         planner: ``"variance"`` redistributes ranks by explained variance, ``"uniform"`` keeps those asked for; None:
@@ -158,7 +160,7 @@ def compute_many(
         requests: configurations, or pairs ``(configuration, method)``; each becomes an artefact. With EVA beside a
             method that reads whole second moments, EVA's directions come from these, exactly (without figures on
             held-out rows, as the moments are not kept in halves).
-        dataloader: iterated once for activations, and once more if a method reads gradients.
+        dataloader: iterated once for activations, and up to three times more if a method reads gradients.
         store: see `compute`.
         max_batches: see `compute`.
         seed: see `compute`.
@@ -275,6 +277,12 @@ def _job(model: nn.Module, config: Any, method: str | Method | None, options: _O
     planner = chosen.planner if options.planner is None else options.planner
     if planner not in ("variance", "uniform"):
         raise ConfigError(f"planner={planner!r}: expected 'variance' or 'uniform'")
+    if not chosen.has_shares and (planner == "variance" or options.captured is not None):
+        wish = "captured" if options.captured is not None else "planner='variance'"
+        raise ConfigError(
+            f"{wish} gives ranks by shares of a spectrum, which '{chosen.name}' does not have here; leave it out, or "
+            f"use one of {', '.join(name for name, kind in available_methods().items() if kind.ranked)}"
+        )
     if options.captured is not None and not 0 < options.captured <= 1:
         raise ConfigError(f"captured={options.captured!r} cannot be: expected a share above 0, at most 1")
     wrapped = options.adapter_name if hasattr(model, "peft_config") else None

@@ -56,7 +56,7 @@ def test_generated_parts_are_up_to_date(generator, capsys):
 
 def test_the_check_notices_what_is_out_of_date(generator, tmp_path, monkeypatch, capsys):
     (tmp_path / "docs").mkdir()
-    for name in ("README.md", "docs/eva.md", "docs/cli.md"):
+    for name in ("README.md", "docs/eva.md", "docs/methods.md", "docs/cli.md"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     monkeypatch.setattr(generator, "ROOT", tmp_path)
     assert generator.main(["--check"]) == 0
@@ -82,7 +82,7 @@ def test_a_session_stands_in_the_first_35_lines():
 
 
 def test_it_can_be_read_in_one_sitting():
-    assert len(README.splitlines()) <= 225
+    assert len(README.splitlines()) <= 245  # with a line for every method
 
 
 def test_commands_name_verbs_and_options_that_exist():

@@ -210,6 +210,57 @@ def test_ranks_from_a_captured_share(method):
         assert sum(layer.ratios[: rank - 1]) < 0.5
 
 
+@pytest.mark.parametrize("method", ["pissa", "output_pca", "corda", "lora_ga"])
+def test_planning_by_variance_takes_layers_out(method):
+    artefact = start(make_model(), method, alpha_pattern={"o_proj": 3})
+    moved = si.compute(
+        make_model(), config(method), make_batches(), planner="variance", budget=5, show_progress_bar=False
+    )
+    assert sum(artefact.plan.ranks.values()) == 8
+    assert sum(moved.plan.ranks.values()) == 5
+    assert not moved.verify()
+
+
+@pytest.mark.parametrize("method", ["gaussian", "mica", "milora", "lora_null", "olora", "loram"])
+@pytest.mark.parametrize("wish", [{"planner": "variance"}, {"captured": 0.5}], ids=["variance", "captured"])
+def test_ranks_by_shares_are_refused_where_there_are_none(method, wish):
+    with pytest.raises(ConfigError, match="gives ranks by shares of a spectrum, which"):
+        si.compute(make_model(), config(method), make_batches(), show_progress_bar=False, **wish)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("eva", {"whiten": "False"}, "true or false"),
+        ("olora", {"pivoted": "no"}, "true or false"),
+        ("pissa", {"iterations": 2.5}, "a whole number or null"),
+        ("corda", {"corda_method": True}, "text"),
+        ("lora_one", {"stable_gamma": "64"}, "a number"),
+    ],
+)
+def test_options_of_the_wrong_kind_are_refused(method, options, expected):
+    with pytest.raises(ConfigError, match=f"'{method}' is .*; expected {expected}"):
+        start(make_model(), method, init_options=options)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("corda", {"corda_method": "kmp"}),
+        ("corda", {"balance": "odd"}),
+        ("lora_ga", {"direction": "ArC"}),
+        ("lora_ga", {"scale": "stabel"}),
+        ("loftq", {"bits": 3}),
+        ("loftq", {"quantiser": "nf5"}),
+        ("pissa", {"iterations": -1}),
+    ],
+)
+def test_values_that_an_option_does_not_have_are_refused(method, options):
+    (value,) = options.values()
+    with pytest.raises(ConfigError, match=str(value)):
+        start(make_model(), method, init_options=options)
+
+
 def test_layers_that_cannot_capture_the_share_are_named():
     with pytest.warns(UserWarning, match=r"2 of 2 layers do not reach captured=0.99 .*'model.layers.0"):
         si.compute(make_model(), config("pissa"), captured=0.99, max_rank=6, show_progress_bar=False)

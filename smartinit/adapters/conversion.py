@@ -186,6 +186,11 @@ def _check_layers(trained: StoredAdapter, start: Start) -> None:
         _require_finite(first, start, name)
         ours, theirs = ((p.b.shape[0], p.a.shape[1]) for p in (pair, first))
         same_form = trained.forms.get(name) == start.forms.get(name)
+        if pair.rank == 2 * first.rank:
+            raise ArtefactError(
+                f"'{trained.folder}' has twice the rank of '{start.folder}' in layer '{name}': it is plain LoRA for "
+                "the unmodified base already (doubled, converted, or saved from an offset); use it as it is"
+            )
         if ours != theirs or not same_form:
             raise ArtefactError(
                 f"'{trained.folder}' was not trained from '{start.folder}': layer '{name}' is {ours} in one and "

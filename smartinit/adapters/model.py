@@ -193,11 +193,15 @@ class LoraModel(nn.Module):
                 origin = read_start(path_initial_model_for_weight_conversion)
                 written = convert(StoredAdapter(path, config, state.factors, state.forms), origin)
                 base_model = origin.base_model or base_model
+            nameless = config
+            if start is not None:  # for the residual base, which has no name here
+                nameless, base_model = config.copy(), None
+                nameless.base_model_name_or_path = None
             if start is not None and START_FOLDER in self.peft_config and adapter_name == "default":
                 raise ConfigError(f"rename the adapter '{START_FOLDER}': its folder would be that of the start")
             write_adapter(
                 path,
-                config,
+                nameless,
                 written.plan,
                 written.factors,
                 base_model_name_or_path=base_model,
@@ -205,7 +209,7 @@ class LoraModel(nn.Module):
                 forms=state.forms,
             )
             if start is not None:
-                write_adapter(path / START_FOLDER, config, start.plan, start.factors, forms=start.forms)
+                write_adapter(path / START_FOLDER, nameless, start.plan, start.factors, forms=start.forms)
 
     def subtract_mutated_init(
         self,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from smartinit.data.source import find_source
 from smartinit.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import nn
 
     from smartinit.artefact import Artefact
@@ -69,15 +72,28 @@ def command(**options: Any) -> None:  # noqa: ANN401 - click's options
     with output.work():
         base_out = _base_folder(request, options)
         artefact, model = run(request, options, output)
-        artefact.save(options["out"], force=options["force"], base=options["base"])
-        if base_out is not None:
-            output.log(f"writing the base model to {base_out}")
-            _write_base(artefact, model, base_out, options)
+        with _removed_on_error(base_out):
+            if base_out is not None:
+                output.log(f"writing the base model to {base_out}")
+                _write_base(artefact, model, base_out, options)
+            artefact.save(options["out"], force=options["force"], base=options["base"])
         if options["plot"] is not None:
             from smartinit.report.figure import plot_artefact
 
             plot_artefact(artefact, options["plot"])
     show(artefact, output, out=options["out"], plot=options["plot"], base_out=base_out)
+
+
+@contextmanager
+def _removed_on_error(folder: Path | None) -> Iterator[None]:
+    """A base model without its adapter is of no use: it goes when the adapter cannot be written (if it is new)."""
+    new = folder is not None and not folder.exists()
+    try:
+        yield
+    except BaseException:
+        if new and folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _base_folder(request: Request, options: dict[str, Any]) -> Path | None:
@@ -93,6 +109,12 @@ def _base_folder(request: Request, options: dict[str, Any]) -> Path | None:
     if effect == "quantises" or (effect == "splits" and options["base"] == "residual"):
         out: Path = options["out"]
         folder: Path = options["base_out"] or out.with_name(f"{out.name}-base")
+        for option in ("model", "data", "out"):
+            if options[option] is None:
+                continue
+            other, ours = Path(options[option]).expanduser().resolve(), folder.expanduser().resolve()
+            if ours == other or ours in other.parents or other in ours.parents:
+                raise ConfigError(f"the base model cannot go to {folder}: that is, holds or lies in --{option} {other}")
         check_output_folder(folder, force=options["force"], marker="config.json")
         return folder
     if options["base_out"] is not None:
@@ -101,16 +123,20 @@ def _base_folder(request: Request, options: dict[str, Any]) -> Path | None:
 
 
 def _write_base(artefact: Artefact, model: nn.Module, folder: Path, options: dict[str, Any]) -> None:
-    """The model that the adapter belongs to, with its tokenizer."""
+    """The model that the adapter belongs to, with its tokenizer if it has one."""
     import transformers
 
     from smartinit.convert import save_residual_model
 
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            options["model"], trust_remote_code=options["trust_remote_code"]
+        )
+    except (OSError, ValueError):  # a model without one is a model all the same
+        tokenizer = None
     save_residual_model(model, artefact, folder, force=options["force"])
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        options["model"], trust_remote_code=options["trust_remote_code"]
-    )
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ from smartinit.planning.limits import Limits
 _REGEX = re.compile(r"[\\()\[\]|^$+?{}]")
 _STEPS = re.compile(r"pissa_niter_\d+")
 # LoRA's own starts, which PEFT writes as True and False.
-_BOOLEANS = {"default": True, "kaiming": True, "random": False}
+_BOOLEANS = {"default": True, "kaiming": True, "true": True, "random": False, "false": False}
+# As the tables of the documentation write them.
+_PYTHON = {"True": True, "False": False, "None": None}
 _NUMBERS = re.compile(r"\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*")
 
 
@@ -160,7 +162,7 @@ def read_options(given: tuple[str, ...]) -> dict[str, Any]:
         if name.strip() in read:
             raise ConfigError(f"--option {name.strip()} is given twice")
         try:
-            read[name.strip()] = json.loads(value)
+            read[name.strip()] = _PYTHON.get(value) if value in _PYTHON else json.loads(value)
         except ValueError:
             read[name.strip()] = value
     return read

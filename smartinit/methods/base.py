@@ -40,6 +40,7 @@ class Method(ABC):
         planner: how ranks are given out unless the caller says: by ``"variance"`` (the spectra's ratios) or
             ``"uniform"``.
         trains: which of the two matrices are trained.
+        ranked: see `has_shares`.
         nested: whether the spectrum for few directions is the start of that for many.
     """
 
@@ -54,6 +55,7 @@ class Method(ABC):
     planner: ClassVar[Literal["variance", "uniform"]] = "uniform"
     trains: ClassVar[Trains] = "both"
     nested: ClassVar[bool] = True
+    ranked: ClassVar[bool] = False
 
     @abstractmethod
     def spectrum(
@@ -104,6 +106,11 @@ class Method(ABC):
         """This method for one kind of layers: those that start embedding tables differently have a field for it."""
         named = any(f.name == "embedding" for f in fields(self))
         return replace(self, embedding=host == "embedding") if named else self  # type: ignore[call-arg]
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether a spectrum's ratios are shares of a whole, best first, so that layers can compete by them."""
+        return self.ranked
 
     def options(self) -> dict[str, Any]:
         """Field values, for the recipe."""

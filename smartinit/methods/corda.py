@@ -74,6 +74,11 @@ class Corda(Method):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"CorDA's {name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
 
+    @property
+    def has_shares(self) -> bool:
+        """Only of ipm: kpm takes the smallest first, which are no one's share to keep."""
+        return self.corda_method == "ipm"
+
     def spectrum(
         self,
         weight: Tensor | None,

@@ -35,6 +35,7 @@ class Eva(Method):
     source: ClassVar[str] = "arXiv 2410.07170, sec. 3"
     needs: ClassVar[Needs | None] = "activations"
     effect: ClassVar[Effect] = "keeps"
+    ranked: ClassVar[bool] = True
     centred: ClassVar[bool] = True
     planner: ClassVar[Literal["variance", "uniform"]] = "variance"
 

@@ -72,6 +72,11 @@ class Loftq(Method):
     def _quantise(self) -> Quantiser:
         return Quantiser(self.bits, self.quantiser, self.block_size, self.double)
 
+    @property
+    def has_shares(self) -> bool:
+        """Only of one step: with more, a spectrum belongs to the rank that it was made for."""
+        return self.iterations == 1
+
     def spectrum(
         self, weight: Tensor | None, statistic: object, limit: int, shape: tuple[int, int], *, seed: int = 0
     ) -> Spectrum:

@@ -55,7 +55,7 @@ class LoraGa(Method):
 
     direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = "ArB2r"
     scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
-    stable_gamma: float = 16
+    stable_gamma: float = 16.0
     peft_compatible: bool = False
 
     name: ClassVar[str] = "lora_ga"
@@ -63,6 +63,7 @@ class LoraGa(Method):
     source: ClassVar[str] = "arXiv 2407.05000, alg. 1"
     needs: ClassVar[Needs | None] = "gradients"
     effect: ClassVar[Effect] = "splits"
+    ranked: ClassVar[bool] = True
     hosts: ClassVar[Hosts] = ALL_HOSTS
 
     def __post_init__(self) -> None:

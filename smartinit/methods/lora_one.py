@@ -37,7 +37,7 @@ class LoraOne(Method):
         ConfigError: ``stable_gamma`` is not positive.
     """
 
-    stable_gamma: float = 128
+    stable_gamma: float = 128.0
     normalise: bool = True
 
     name: ClassVar[str] = "lora_one"
@@ -45,6 +45,7 @@ class LoraOne(Method):
     source: ClassVar[str] = "arXiv 2502.01235, alg. 1"
     needs: ClassVar[Needs | None] = "gradients"
     effect: ClassVar[Effect] = "shifts"
+    ranked: ClassVar[bool] = True
     hosts: ClassVar[Hosts] = ALL_HOSTS
 
     def __post_init__(self) -> None:

@@ -31,6 +31,7 @@ class OutputPca(Method):
     needs: ClassVar[Needs | None] = "covariance"
     needs_weight: ClassVar[bool] = True
     effect: ClassVar[Effect] = "splits"
+    ranked: ClassVar[bool] = True
 
     def spectrum(
         self,

@@ -40,6 +40,7 @@ class Pissa(Method):
     source: ClassVar[str] = "arXiv 2404.02948, eq. 2-4"
     needs_weight: ClassVar[bool] = True
     effect: ClassVar[Effect] = "splits"
+    ranked: ClassVar[bool] = True
     hosts: ClassVar[Hosts] = ALL_HOSTS
 
     def __post_init__(self) -> None:

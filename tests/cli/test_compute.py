@@ -285,3 +285,57 @@ def test_ctrl_c(saved_model, data_file, tmp_path, moment):
     assert "Traceback" not in (seen + err).decode()
     assert not (tmp_path / "adapter").exists()
     assert list(scratch.iterdir()) == []
+
+
+def test_a_split_is_written_with_its_base_and_converts(compute, run_cli, tmp_path):
+    done = compute("--method", "pissa", "--quiet")
+    assert done.code == 0, done.err
+    assert f"base:    {tmp_path / 'adapter-base'}" in done.out
+    assert (tmp_path / "adapter-base" / "tokenizer.json").is_file()
+    plain = tmp_path / "plain"
+    assert run_cli("convert", tmp_path / "adapter", "--start", tmp_path / "adapter", "--out", plain).code == 0
+    again = run_cli("convert", plain, "--start", tmp_path / "adapter", "--out", tmp_path / "twice")
+    assert again.code == 2
+    assert "was converted already" in again.err
+    assert not (tmp_path / "twice").exists()
+
+
+def test_a_doubled_adapter_is_not_converted_again(compute, run_cli, tmp_path):
+    doubled = tmp_path / "doubled"
+    assert compute("--method", "pissa", "--quiet").code == 0
+    assert compute("--method", "pissa", "--quiet", "--base", "doubled", out=doubled).code == 0
+    assert not (tmp_path / "doubled-base").exists()
+    (doubled / "smartinit.json").unlink()  # a trainer's folder has none
+    done = run_cli("convert", doubled, "--start", tmp_path / "adapter", "--out", tmp_path / "plain")
+    assert done.code == 6
+    assert "plain LoRA for the unmodified base already" in done.err
+
+
+@pytest.mark.parametrize("place", ["model", "adapter", "model/inside"])
+def test_the_base_model_never_goes_where_something_is(compute, model_folder, tmp_path, place):
+    before = {path: path.read_bytes() for path in model_folder.rglob("*") if path.is_file()}
+    done = compute("--method", "pissa", "--force", "--base-out", tmp_path / place)
+    assert done.code == 2
+    assert "the base model cannot go to" in done.err
+    assert {path: path.read_bytes() for path in model_folder.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_model_without_a_tokenizer_is_enough_for_methods_without_data(compute, model_folder, tmp_path):
+    for file in (*model_folder.glob("tokenizer*"), *model_folder.glob("chat_template*")):
+        file.unlink()
+    done = compute("--method", "olora", "--quiet")
+    assert done.code == 0, done.err
+    assert (tmp_path / "adapter-base" / "config.json").is_file()
+
+
+def test_a_method_that_looks_at_data_wants_some(run_cli, model_folder, tmp_path):
+    done = run_cli("compute", "--model", model_folder, "--method", "corda", "--out", tmp_path / "adapter")
+    assert done.code == 2
+    assert "looks at data: pass --data" in done.err
+
+
+def test_base_out_where_nothing_would_go_there(compute, tmp_path):
+    done = compute("--base-out", tmp_path / "base")
+    assert done.code == 2
+    assert "leaves the base model as it is" in done.err

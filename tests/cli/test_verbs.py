@@ -55,7 +55,7 @@ def test_nothing_at_all_shows_the_help_and_is_a_usage_error(run_cli):
     [
         (["comptue"], "no verb 'comptue'; known: compute, plan"),
         (["compute", "--modle", "x"], "No such option"),
-        (["compute", "--model", "x"], "Missing option '--data'"),
+        (["compute", "--model", "x"], "Missing option '--out'"),
         (["compute", "--model", "x", "--data", "y", "--out", "z", "--rank", "many"], "'many' is not a valid integer"),
         (["compute", "--model", "x", "--data", "y", "--out", "z", "--params", "2.5"], "'2.5' is no whole number"),
         (["compute", "--model", "x", "--data", "y", "--out", "z", "--planner", "best"], "'best' is not one of"),
