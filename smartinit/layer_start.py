@@ -83,7 +83,8 @@ class LayerStarts:
     def _factors(self, method: Method, target: Target, rank: int, scaling: float, spectrum: Spectrum | None) -> Factors:
         out_features, in_features = target.shape
         if rank == 0:  # no adapter: there is nothing to scale, and alpha may be 0
-            return Factors(torch.zeros(0, in_features), torch.zeros(out_features, 0))
+            empty = torch.zeros(0, dtype=torch.float32, device="cpu")
+            return Factors(empty.reshape(0, in_features), empty.reshape(out_features, 0))
         if spectrum is None:
             return default_factors(rank, in_features, out_features, seed=layer_seed(self._seed, target.name))
         return replace(method.factors(spectrum, rank, scaling), trains=method.trains)

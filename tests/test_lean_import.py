@@ -32,7 +32,7 @@ def seconds(code: str) -> float:
     return time.perf_counter() - start
 
 
-def reaches_ratio(code: str, base: str, limit: float, rounds: int = 5) -> tuple[bool, float]:
+def reaches_ratio(code: str, base: str, limit: float, rounds: int = 12) -> tuple[bool, float]:
     """Whether the best time of `code` is at most `limit` × the best of `base`, measured by turns, and the ratio.
 
     Stops at the first round that shows it: noise can only make a run slower.

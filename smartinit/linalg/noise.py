@@ -15,11 +15,13 @@ _BLOCK = 16
 def uniform_rows(rows: int, width: int, *, seed: int) -> Tensor:
     """``(rows, width)`` float32 from U(±1), on the CPU."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.empty(rows, width, device="cpu").uniform_(-1.0, 1.0, generator=generator)
+    return torch.empty(rows, width, dtype=torch.float32, device="cpu").uniform_(-1.0, 1.0, generator=generator)
 
 
 def normal_rows(rows: int, width: int, *, seed: int) -> Tensor:
     """``(rows, width)`` float32 from N(0, 1), on the CPU."""
     # torch draws normals in blocks of 16, and draws a last block that is not full anew: whole blocks only.
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, -(-width // _BLOCK) * _BLOCK, generator=generator, device="cpu")[:, :width].contiguous()
+    whole = -(-width // _BLOCK) * _BLOCK
+    drawn = torch.randn(rows, whole, generator=generator, dtype=torch.float32, device="cpu")
+    return drawn[:, :width].contiguous()

@@ -41,7 +41,9 @@ class Gaussian(Method):
         out_features, in_features = shape
         if self.embedding:
             left = normal_rows(limit, out_features, seed=seed).mT
-            return Spectrum.of_equals(torch.zeros(limit, in_features), shape, left, total=in_features)
+            return Spectrum.of_equals(
+                torch.zeros(limit, in_features, dtype=torch.float32), shape, left, total=in_features
+            )
         return Spectrum.of_equals(normal_rows(limit, in_features, seed=seed), shape, total=in_features)
 
     def factors(self, spectrum: Spectrum, rank: int, scaling: float) -> Factors:

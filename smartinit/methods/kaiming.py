@@ -43,7 +43,9 @@ class Kaiming(Method):
         out_features, in_features = shape
         if self.embedding:
             left = normal_rows(limit, out_features, seed=seed).mT
-            return Spectrum.of_equals(torch.zeros(limit, in_features), shape, left, total=in_features)
+            return Spectrum.of_equals(
+                torch.zeros(limit, in_features, dtype=torch.float32), shape, left, total=in_features
+            )
         a = uniform_rows(limit, in_features, seed=seed) * in_features**-0.5
         return Spectrum.of_equals(a, shape, total=in_features)
 

@@ -119,6 +119,24 @@ def test_two_runs_are_bitwise_equal(method, host):
         assert torch.equal(pair.b, again.factors[name].b), name
 
 
+@each_host
+def test_another_default_dtype_changes_nothing(method, host):
+    case = suite.case(method, host)
+    model = suite.make_model(host)
+    torch.set_default_dtype(torch.float64)
+    try:
+        batches = [
+            {k: v.float() if v.is_floating_point() else v for k, v in b.items()} for b in suite.make_batches(host)
+        ]
+        artefact = si.compute(model, case.config, batches, show_progress_bar=False, seed=suite.SEED)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, pair in case.artefact.factors.items():
+        found = artefact.factors[name]
+        assert (found.a.dtype, found.b.dtype) == (torch.float32, torch.float32), name
+        assert found.a.shape == pair.a.shape
+
+
 @pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
 @each_host
 def test_saved_and_loaded_by_plain_peft_gives_the_same_logits(method, host, dora, tmp_path):
