@@ -72,7 +72,7 @@ def test_a_sweep_runs_the_data_once(model, batches):
         assert not artefact.verify()
 
 
-@pytest.mark.parametrize("method", ["corda", "output_pca", "lora_null", "pissa", "gaussian"])
+@pytest.mark.parametrize("method", ["corda", "output_pca", "lora_null", "pissa", "pissa_niter_1", "gaussian"])
 def test_an_artefact_of_a_sweep_is_that_of_a_run_of_its_own(model, batches, method):
     swept = si.compute_many(model, [config(method, rank) for rank in (4, 16)], batches, show_progress_bar=False)
     for artefact, rank in zip(swept, (4, 16), strict=True):

@@ -55,6 +55,8 @@ class Pissa(Method):
             raise ConfigError(f"PiSSA's oversampling must be at least 0, not {self.oversampling}")
         if not 0 < self.tolerance < 1:
             raise ConfigError(f"PiSSA's tolerance must lie between 0 and 1, not {self.tolerance}")
+        # After a fixed number of steps the width of the block shows, and that follows from the rank.
+        object.__setattr__(self, "nested", self.iterations is None)
 
     def spectrum(
         self, weight: Tensor | None, statistic: object, limit: int, shape: tuple[int, int], *, seed: int = 0
