@@ -190,8 +190,11 @@ class Target:
         if delta.shape != self.shape:
             raise ModelError(f"'{self.name}' is {self.shape}, but what is to be subtracted is {tuple(delta.shape)}")
         delta = delta.to(stored.device)
-        # The difference is taken in the wider of the two dtypes; copy_ does the one rounding.
-        stored.copy_(stored - (delta.T if self.is_transposed else delta.reshape(stored.shape)))
+        delta = delta.T if self.is_transposed else delta.reshape(stored.shape)
+        if delta.dtype == stored.dtype:
+            stored.sub_(delta)  # the same numbers without a copy of the weight
+        else:  # the difference is taken in the wider of the two dtypes; copy_ does the one rounding
+            stored.copy_(stored - delta)
 
     def has_finite_weight(self) -> bool:
         """Whether the weight is free of NaN and Inf; True when it `is_readable` not. One pass, no temporary."""
