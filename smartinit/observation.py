@@ -147,6 +147,7 @@ def observe(
             _most(job.request.components for job in learning),
             loss_fn=loss_fn,
             forward_fn=capture_options["forward_fn"],
+            merge_ranks=merge_ranks,
             skip_bad_batches=skip_bad_batches,
             max_batches=max_batches,
             seed=seed,
