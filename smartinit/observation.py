@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from smartinit.activations.rows import label_mask_options
 from smartinit.collect import collect
 from smartinit.errors import ConfigError, DataError
 
@@ -114,6 +115,13 @@ def observe(
     if known is not None:
         out.sites = known
     elif reading:
+        config = reading[0].request.config
+        masks = [label_mask_options(job.request.config) for job in reading]
+        if any(mask != masks[0] for mask in masks):
+            raise ConfigError(
+                "the requests mask labels differently (use_label_mask, label_mask_value in eva_config), but one pass has "
+                "one mask; give all of them the same eva_config, or compute them one after the other"
+            )
         wants_matrix = any(job.method.needs == "covariance" for job in reading)
         collected = collect(
             model,
@@ -126,6 +134,7 @@ def observe(
             matrices=wants_matrix,
             merge_ranks=merge_ranks,
             skip_bad_batches=skip_bad_batches,
+            config=config,
             max_batches=max_batches,
             seed=seed,
             show_progress_bar=show_progress_bar,

@@ -246,7 +246,6 @@ def _run(
             skip_bad_batches=options.skip_bad_batches,
             merge_ranks=options.merge_ranks,
             files=files,
-            config=jobs[0].request.config,
             **options.capture,
         )
     )

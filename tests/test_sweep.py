@@ -110,3 +110,10 @@ def test_several_requests_need_data_that_can_be_read_twice_for_gradients(model, 
 def test_no_request_is_refused(model, batches):
     with pytest.raises(ConfigError, match="no requests"):
         si.compute_many(model, [], batches)
+
+
+def test_one_pass_has_one_label_mask(model, batches):
+    unmasked = config("eva", 4)
+    unmasked.eva_config = si.EvaConfig(use_label_mask=False)
+    with pytest.raises(ConfigError, match="mask labels differently"):
+        si.compute_many(model, [config("corda", 4), unmasked], batches, show_progress_bar=False)
