@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from smartinit.activations.sites import Site
+    from smartinit.config import LoraConfig
     from smartinit.corda_files import CordaFiles
     from smartinit.job import Job
     from smartinit.targets.weight import Target
@@ -115,13 +116,6 @@ def observe(
     if known is not None:
         out.sites = known
     elif reading:
-        config = reading[0].request.config
-        masks = [label_mask_options(job.request.config) for job in reading]
-        if any(mask != masks[0] for mask in masks):
-            raise ConfigError(
-                "the requests mask labels differently (use_label_mask, label_mask_value in eva_config), but one pass has "
-                "one mask; give all of them the same eva_config, or compute them one after the other"
-            )
         wants_matrix = any(job.method.needs == "covariance" for job in reading)
         collected = collect(
             model,
@@ -134,7 +128,7 @@ def observe(
             matrices=wants_matrix,
             merge_ranks=merge_ranks,
             skip_bad_batches=skip_bad_batches,
-            config=config,
+            config=_one_mask(reading),
             max_batches=max_batches,
             seed=seed,
             show_progress_bar=show_progress_bar,
@@ -167,6 +161,21 @@ def observe(
         if not reading:
             out.batches, out.tokens, out.bad_batches = sketched.batches, sketched.tokens, sketched.bad_batches
     return out
+
+
+def _one_mask(jobs: Sequence[Job]) -> LoraConfig:
+    """The configuration whose label mask the pass has.
+
+    Raises:
+        ConfigError: the requests mask differently.
+    """
+    masks = [label_mask_options(job.request.config) for job in jobs]
+    if any(mask != masks[0] for mask in masks):
+        raise ConfigError(
+            "the requests mask labels differently (use_label_mask, label_mask_value in eva_config), but one pass has one "
+            "mask; give all of them the same eva_config, or compute them one after the other"
+        )
+    return jobs[0].request.config
 
 
 def _union(jobs: Sequence[Job]) -> list[Target]:
