@@ -140,7 +140,8 @@ def _named(targets: Sequence[Target]) -> Iterator[None]:
         yield
     except SmartinitError as error:
         others = f" or {len(targets) - 1} more of its shape" if len(targets) > 1 else ""
-        raise type(error)(f"layer '{targets[0].name}'{others}: {error}") from error
+        error.args = (f"layer '{targets[0].name}'{others}: {error}",)  # of any class, whatever its constructor takes
+        raise
 
 
 def _identity(method: Method, target: Target, observed: Observed) -> object:
@@ -148,8 +149,7 @@ def _identity(method: Method, target: Target, observed: Observed) -> object:
     if method.needs == "activations" and not method.needs_weight:
         return id(observed.site_of[target.name])
     if method.needs is None and target.is_readable:
-        weight = target.weight()
-        return weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
+        return target.host, target.storage  # a tied embedding table is the transpose of the head
     return target.name
 
 
