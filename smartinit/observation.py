@@ -172,8 +172,8 @@ def _one_mask(jobs: Sequence[Job]) -> LoraConfig:
     masks = [label_mask_options(job.request.config) for job in jobs]
     if any(mask != masks[0] for mask in masks):
         raise ConfigError(
-            "the requests mask labels differently (use_label_mask, label_mask_value in eva_config), but one pass has one "
-            "mask; give all of them the same eva_config, or compute them one after the other"
+            "the requests mask labels differently (use_label_mask, label_mask_value in eva_config), but one pass has "
+            "one mask; give all of them the same eva_config, or compute them one after the other"
         )
     return jobs[0].request.config
 
