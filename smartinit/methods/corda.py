@@ -17,10 +17,9 @@ from smartinit.methods.second_moment import (
     even_projection,
     finite_weight,
     mean_moment,
-    positive_scaling,
     product_energy,
 )
-from smartinit.methods.split import checked_rank
+from smartinit.methods.split import checked_rank, positive_scaling
 from smartinit.spectrum import Certificate, Spectrum
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from smartinit.factors import Factors
 from smartinit.linalg.krylov import top_triplets
 from smartinit.methods.base import ALL_HOSTS, Method
 from smartinit.methods.gradient_spectrum import checked_triplets, gradient_spectrum
+from smartinit.methods.split import positive_scaling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,8 +107,7 @@ class LoraGa(Method):
         Raises:
             ConfigError: a rank beyond the spectrum, or a scaling that is not positive.
         """
-        if not 0 < scaling < math.inf:
-            raise ConfigError(f"LoRA-GA splits the weight into base and s·B A, which needs s > 0, not {scaling}")
+        positive_scaling(scaling, self.name)
         u, s, v = checked_triplets(spectrum, rank, self.name)
         for_a, for_b = self._choice(rank, min(int(s.numel()), 2 * rank))
         zeta_a, zeta_b = self._scales(spectrum, rank, scaling, s[for_b])

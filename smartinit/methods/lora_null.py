@@ -11,8 +11,8 @@ from smartinit.factors import Factors
 from smartinit.linalg.products import LeftDirections, bottom_left_of_triangle
 from smartinit.linalg.psd import psd_eigh
 from smartinit.methods.base import Method
-from smartinit.methods.second_moment import checked_statistic, finite_weight, mean_moment, mean_root, positive_scaling
-from smartinit.methods.split import checked_rank
+from smartinit.methods.second_moment import checked_statistic, finite_weight, mean_moment, mean_root
+from smartinit.methods.split import checked_rank, positive_scaling
 from smartinit.spectrum import Certificate, Spectrum
 from smartinit.statistics.derived import Derived
 

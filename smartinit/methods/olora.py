@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from smartinit.errors import ConfigError
 from smartinit.factors import Factors
 from smartinit.linalg.partial_qr import leading_qr, pivoted_qr
 from smartinit.linalg.triplets import working_copy
 from smartinit.methods.base import ALL_HOSTS, Method
-from smartinit.methods.split import checked_rank, checked_weight, energies
+from smartinit.methods.split import checked_rank, checked_weight, energies, positive_scaling
 from smartinit.spectrum import Certificate, Spectrum
 
 if TYPE_CHECKING:
@@ -71,6 +70,5 @@ class Olora(Method):
             ConfigError: a rank beyond the spectrum, or a scaling that is not positive.
         """
         directions, left = checked_rank(spectrum, rank, self.name)
-        if not 0 < scaling < float("inf"):
-            raise ConfigError(f"'olora' splits the weight into base and s·B A, which needs s > 0, not {scaling}")
+        positive_scaling(scaling, self.name)
         return Factors(a=directions.clone(), b=left.clone(), effect="splits")

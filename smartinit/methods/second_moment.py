@@ -9,7 +9,7 @@ import torch
 from smartinit.errors import ConfigError, DataError, ModelError
 from smartinit.factors import Factors
 from smartinit.linalg.psd import psd_root
-from smartinit.methods.split import checked_rank, checked_weight
+from smartinit.methods.split import checked_rank, checked_weight, positive_scaling
 from smartinit.statistics.derived import Derived
 
 if TYPE_CHECKING:
@@ -99,17 +99,6 @@ def product_energy(weight: Tensor, factor: Tensor) -> float:
     return sum(
         float(torch.linalg.vector_norm(rows.float() @ narrow, dtype=torch.float64)) ** 2 for rows in weight.split(_ROWS)
     )
-
-
-def positive_scaling(scaling: float, method: str) -> float:
-    """``scaling``, if a weight can be split by it.
-
-    Raises:
-        ConfigError: it is not positive.
-    """
-    if not 0 < scaling < float("inf"):
-        raise ConfigError(f"'{method}' splits the weight into base and s·B A, which needs s > 0, not {scaling}")
-    return scaling
 
 
 def even_projection(spectrum: Spectrum, rank: int, scaling: float, method: str) -> Factors:

@@ -118,6 +118,17 @@ def checked_rank(spectrum: Spectrum, rank: int, method: str) -> tuple[Tensor, Te
     return spectrum.directions[:rank], spectrum.left[:, :rank]
 
 
+def positive_scaling(scaling: float, method: str) -> float:
+    """``scaling``, if a weight can be split by it.
+
+    Raises:
+        ConfigError: it is not positive.
+    """
+    if not 0 < scaling < float("inf"):
+        raise ConfigError(f"'{method}' splits the weight into base and s·B A, which needs s > 0, not {scaling}")
+    return scaling
+
+
 def split_triplets(spectrum: Spectrum, rank: int, scaling: float, method: str) -> Factors:
     """``B = U √(Σ/s)``, ``A = √(Σ/s) Vᵀ``: ``s·B A`` is the sum of the first ``rank`` triplets.
 
@@ -125,7 +136,5 @@ def split_triplets(spectrum: Spectrum, rank: int, scaling: float, method: str) -
         ConfigError: a rank beyond the spectrum, or a scaling that is not positive.
     """
     directions, left = checked_rank(spectrum, rank, method)
-    if not 0 < scaling < float("inf"):
-        raise ConfigError(f"'{method}' splits the weight into base and s·B A, which needs s > 0, not {scaling}")
-    root = (spectrum.values[:rank].sqrt() / scaling).sqrt().to(directions)
+    root = (spectrum.values[:rank].sqrt() / positive_scaling(scaling, method)).sqrt().to(directions)
     return Factors(a=root.unsqueeze(1) * directions, b=left * root, effect="splits")
