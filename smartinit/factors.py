@@ -42,7 +42,8 @@ class Factors:
 
     def delta(self, scaling: float) -> torch.Tensor:
         """``s·B A`` of shape ``(out_features, in_features)``, in ``a``'s dtype."""
-        return (self.b @ self.a) * scaling
+        product = self.b @ self.a
+        return product if scaling == 1 else product.mul_(scaling)  # one matrix of the weight's size, not two
 
 
 def default_factors(rank: int, in_features: int, out_features: int, *, seed: int) -> Factors:

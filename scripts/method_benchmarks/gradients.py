@@ -124,12 +124,21 @@ def _run_child(task: dict[str, Any]) -> None:
     passes = PASSES.get(task["name"])
     found = _ours(model, batches, passes) if passes else contenders[task["name"]](model, batches)
     seconds = time.perf_counter() - started
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 * 1.024
+    peak_mb = _high_water_mb()
     save_file(
         {key: value.contiguous() for key, value in found.items()}, Path(task["folder"]) / f"{task['name']}.safetensors"
     )
     parameters = sum(p.numel() for p in model.parameters())
     print(json.dumps({"seconds": seconds, "mb": peak_mb - start_mb, "parameters": parameters}))
+
+
+def _high_water_mb() -> float:
+    """Most resident memory so far; the rusage of a child begins with what its parent held, the status file does not."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1.024e-3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1.024e-3
 
 
 def _resident_mb() -> float:

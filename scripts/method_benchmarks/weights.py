@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 import time
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from method_benchmarks.rows import Row
+from safetensors import safe_open
 from torch import nn
 
+from smartinit.demo import model_folder
 from smartinit.methods.mica import Mica
 from smartinit.methods.milora import MiLoRA
 from smartinit.methods.olora import Olora
@@ -29,6 +34,8 @@ LLAMA_SHAPES = ((4096, 4096), (14336, 4096), (1024, 4096))
 QUICK_SHAPES = ((1024, 1024), (2048, 1024), (256, 1024))
 DECAYS = (0.3, 0.6)
 RANK = 16
+ASSETS = Path(os.environ.get("SMARTINIT_ASSETS", Path(__file__).resolve().parents[3] / "shared" / "assets"))
+TRAINED = (ASSETS / "gpt2-attn-cproj" / "tensors.safetensors", ASSETS / "all-minilm-l6-v2" / "model.safetensors")
 
 
 class Known(NamedTuple):
@@ -44,14 +51,40 @@ def run(options: argparse.Namespace) -> list[Row]:
     """All rows; ``options.quick`` takes quarter-size weights and one decay."""
     rows = []
     shapes, decays = (QUICK_SHAPES, DECAYS[:1]) if options.quick else (LLAMA_SHAPES, DECAYS)
-    for shape in shapes:
-        for decay in decays:
-            known = power_law_weight(*shape, decay, seed=options.seed)
-            rows += _pissa(known, f"{shape[0]}×{shape[1]}, r={RANK}, σ ∝ i^-{decay}", options)
+    if "pissa" in options.methods:
+        for shape in shapes:
+            for decay in decays:
+                known = power_law_weight(*shape, decay, seed=options.seed)
+                rows += _pissa(known, f"{shape[0]}×{shape[1]}, r={RANK}, σ ∝ i^-{decay}", options)
+        for name, weight in trained_weights():
+            rows += _pissa(decomposed(weight), f"{name}, {weight.shape[0]}×{weight.shape[1]}, r={RANK}", options)
     side = 512 if options.quick else 2048
-    rows += _olora(side, options)
-    rows += _minor(side, options)
+    if "olora" in options.methods:
+        rows += _olora(side, options)
+    if {"milora", "mica"}.intersection(options.methods):
+        rows += _minor(side, options)
     return rows
+
+
+def trained_weights() -> list[tuple[str, Tensor]]:
+    """The largest matrix of each trained model that is there, as float32."""
+    files = [file for file in TRAINED if file.is_file()] or [model_folder() / "model.safetensors"]
+    weights = []
+    for path in files:
+        with safe_open(path, "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a dict
+            projections = [
+                n for n in shapes if n.endswith(("c_proj.weight", "dense.weight", "proj.weight")) and len(shapes[n]) > 1
+            ]
+            name = max(projections, key=lambda n: math.prod(shapes[n]))
+            weights.append((f"{path.parent.name}, {name.removesuffix('.weight')}", file.get_tensor(name).float()))
+    return weights
+
+
+def decomposed(weight: Tensor) -> Known:
+    """Its singular triplets in float64, by LAPACK."""
+    left, sigma, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    return Known(weight, left, sigma, right)
 
 
 def power_law_weight(out: int, features: int, decay: float, *, seed: int) -> Known:
@@ -84,19 +117,21 @@ def product_error(b: Tensor, a: Tensor, left: Tensor, right: Tensor) -> float:
     )
 
 
-def _best_of(repeats: int, work: Callable[[], tuple[Tensor, Tensor]]) -> tuple[float, tuple[Tensor, Tensor]]:
-    """The fastest of some runs, and what the last one gave."""
+def _best_of(
+    repeats: int, weight: Tensor, work: Callable[[nn.Linear], tuple[Tensor, Tensor]]
+) -> tuple[float, tuple[Tensor, Tensor]]:
+    """The fastest of some runs, each on a layer of its own that is there before the clock starts; the last result."""
     runs = []
     for _ in range(repeats):
+        layer = _layer(weight)
         start = time.perf_counter()
-        result = work()
+        result = work(layer)
         runs.append((time.perf_counter() - start, result))
     return min(seconds for seconds, _ in runs), runs[-1][1]
 
 
-def _ours(method: Method, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """B and A, with the residual written into a layer, as PEFT does it."""
-    linear = _layer(weight)
+def _ours(method: Method, linear: nn.Linear, rank: int) -> tuple[Tensor, Tensor]:
+    """B and A, with the residual written into the layer, as PEFT does it."""
     target = Target.of(linear, "layer")
     factors = method.factors(method.spectrum(target.weight(), None, rank, target.shape, seed=0), rank, 1.0)
     if factors.effect == "splits":
@@ -104,11 +139,11 @@ def _ours(method: Method, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return factors.b, factors.a
 
 
-def _peft(init: str, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _peft(init: str, linear: nn.Linear, rank: int) -> tuple[Tensor, Tensor]:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"], init_lora_weights=init)
-    layer = get_peft_model(nn.Sequential(_layer(weight)), config).base_model.model[0]
+    layer = get_peft_model(nn.Sequential(linear), config).base_model.model[0]
     return layer.lora_B["default"].weight.data, layer.lora_A["default"].weight.data
 
 
@@ -123,10 +158,10 @@ def _pissa(known: Known, setting: str, options: argparse.Namespace) -> list[Row]
     rows = []
     theirs: dict[str, tuple[float, float]] = {}
     for init, repeats in (("pissa", 1), ("pissa_niter_16", options.repeats)):
-        seconds, found = _best_of(repeats, lambda init=init: _peft(init, known.weight, RANK))  # type: ignore[misc]
+        seconds, found = _best_of(repeats, known.weight, partial(_peft, init, rank=RANK))
         theirs[init] = seconds, product_error(*found, left, right)
     for name, method in (("pissa", Pissa()), ("pissa, 16 steps", Pissa(iterations=16))):
-        seconds, found = _best_of(options.repeats, lambda method=method: _ours(method, known.weight, RANK))  # type: ignore[misc]
+        seconds, found = _best_of(options.repeats, known.weight, partial(_ours, method, rank=RANK))
         error = product_error(*found, left, right)
         for init, (their_seconds, their_error) in theirs.items():
             if name == "pissa" or init == "pissa_niter_16":
@@ -139,15 +174,15 @@ def _olora(side: int, options: argparse.Namespace) -> list[Row]:
     q, r = torch.linalg.qr(weight.double())
     left, right = q[:, :RANK], r[:RANK]
     setting = f"{side}×{side}, r={RANK}"
-    their_seconds, found = _best_of(options.repeats, lambda: _peft("olora", weight, RANK))
+    their_seconds, found = _best_of(options.repeats, weight, partial(_peft, "olora", rank=RANK))
     their_error = product_error(*found, left, right)
-    seconds, found = _best_of(options.repeats, lambda: _ours(Olora(), weight, RANK))
+    seconds, found = _best_of(options.repeats, weight, partial(_ours, Olora(), rank=RANK))
     rows = [
         Row(
             "olora", setting, seconds, their_seconds, product_error(*found, left, right), their_error, note="PEFT olora"
         )
     ]
-    seconds, found = _best_of(options.repeats, lambda: _ours(Olora(pivoted=True), weight, RANK))
+    seconds, found = _best_of(options.repeats, weight, partial(_ours, Olora(pivoted=True), rank=RANK))
     return [*rows, Row("olora", setting, seconds, their_seconds, note="pivoted; PEFT olora")]
 
 
@@ -157,17 +192,17 @@ def _minor(side: int, options: argparse.Namespace) -> list[Row]:
     left, right = u[:, -RANK:] * s[-RANK:], vt[-RANK:]
     setting = f"{side}×{side}, r={RANK}, Gaussian"
 
-    def by_svd() -> tuple[Tensor, Tensor]:
-        u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+    def by_svd(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+        u, s, vt = torch.linalg.svd(linear.weight, full_matrices=False)
         return u[:, -RANK:] * s[-RANK:], vt[-RANK:]
 
-    their_seconds, found = _best_of(1, by_svd)
+    their_seconds, found = _best_of(1, weight, by_svd)
     their_error = product_error(*found, left, right)
-    seconds, found = _best_of(1, lambda: _ours(MiLoRA(), weight, RANK))
+    seconds, found = _best_of(1, weight, partial(_ours, MiLoRA(), rank=RANK))
     rows = [Row("milora", setting, seconds, their_seconds, product_error(*found, left, right), their_error,
                 note="torch.linalg.svd")]  # fmt: skip
     basis = u[:, -RANK:]
-    their_seconds, (theirs, _) = _best_of(1, lambda: _peft("mica", weight, RANK))
-    seconds, (ours, _) = _best_of(1, lambda: _ours(Mica(), weight, RANK))
+    their_seconds, (theirs, _) = _best_of(1, weight, partial(_peft, "mica", rank=RANK))
+    seconds, (ours, _) = _best_of(1, weight, partial(_ours, Mica(), rank=RANK))
     errors = [product_error(b, b.mT, basis, basis.mT) for b in (ours, theirs)]
     return [*rows, Row("mica", setting, seconds, their_seconds, *errors, note="PEFT mica; error of B Bᵀ")]

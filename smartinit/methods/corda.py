@@ -23,6 +23,8 @@ from smartinit.methods.split import checked_rank, positive_scaling
 from smartinit.spectrum import Certificate, Spectrum
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from smartinit.factors import Effect
@@ -105,12 +107,10 @@ class Corda(Method):
         statistic = checked_statistic(statistic, shape, f"{self.name} ({self.corda_method})", least=least)
         moment = mean_moment(statistic).to(kept.device)
         w, count = kept.double(), min(limit, *shape)
-        total = product_energy(kept, moment)
-        found = self._directions(w, moment, count, seed)
-        floor = _ROUND_OFF * max(shape) ** 0.5 * total**0.5
-        singular = count > 0 and float(found.values.min()) <= floor
-        if singular:
-            found = self._directions(w, damped(moment, _DAMPING), count, seed)
+        if self.corda_method == "kpm":
+            found, total, singular = _least(w, moment, count, seed)
+        else:
+            found, total, singular = _most(w, moment, count, seed)
         rows = found.vectors.mT @ w
         sizes = found.values
         if singular:
@@ -144,7 +144,28 @@ class Corda(Method):
         a, b = inverse * directions.double() * share, left.double() * root * share
         return Factors(a=a.float(), b=b.float(), effect="splits")
 
-    def _directions(self, weight: Tensor, moment: Tensor, count: int, seed: int) -> LeftDirections:
-        if self.corda_method == "kpm":
-            return bottom_left(weight @ moment, count, seed=seed)
-        return top_left(weight, moment, count, seed=seed)
+
+def _most(weight: Tensor, moment: Tensor, count: int, seed: int) -> tuple[LeftDirections, float, bool]:
+    """Leading directions of ``W C``, its energy ``‖W C‖_F²``, and whether C had to be damped."""
+    total = product_energy(weight, moment)
+    found = top_left(weight, moment, count, seed=seed)
+    if singular := _beyond_round_off(found, total, weight.shape):
+        found = top_left(weight, damped(moment, _DAMPING), count, seed=seed)
+    return found, total, singular
+
+
+def _least(weight: Tensor, moment: Tensor, count: int, seed: int) -> tuple[LeftDirections, float, bool]:
+    """The same of the trailing directions, for which the product is formed."""
+    product = weight @ moment
+    total = float(torch.linalg.vector_norm(product)) ** 2
+    found = bottom_left(product, count, seed=seed)
+    if singular := _beyond_round_off(found, total, weight.shape):
+        product.add_(weight, alpha=_DAMPING * float(moment.diagonal().mean()))  # W (C + δ I)
+        found = bottom_left(product, count, seed=seed)
+    return found, total, singular
+
+
+def _beyond_round_off(found: LeftDirections, total: float, shape: Sequence[int]) -> bool:
+    """Whether C says nothing about the last of the directions."""
+    floor = _ROUND_OFF * max(shape) ** 0.5 * total**0.5
+    return found.values.numel() > 0 and float(found.values.min()) <= floor
