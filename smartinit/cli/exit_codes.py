@@ -84,6 +84,10 @@ def report(error: BaseException, *, as_json: bool, interrupted: bool = False) ->
     if interrupted:
         error = KeyboardInterrupt()
     code, text = exit_code(error), sentence(error)
+    if code == INTERRUPTED:
+        # Ctrl-C inside an exec() of text (making a dataclass, say) leaves a mark, with which Python would end `-m` by
+        # a signal in place of this code; the next exec() takes it off.
+        exec("")  # noqa: S102
     if os.environ.get("SMARTINIT_DEBUG"):
         traceback.print_exception(error)
     click.echo(f"smartinit: error: {text}", err=True)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 
 import click
 import pytest
@@ -71,6 +74,19 @@ def test_an_unexpected_error_says_how_to_see_more(capsys, monkeypatch):
 def test_after_ctrl_c_every_error_is_the_interrupt(capsys):
     assert report(errors.DataError("cancelled"), as_json=False, interrupted=True) == 130
     assert capsys.readouterr().err == "smartinit: error: interrupted; no partial output was left\n"
+
+
+def test_ctrl_c_while_a_library_makes_code(tmp_path):
+    """Python would end the process by a signal, whatever exit code was chosen."""
+    (tmp_path / "verb.py").write_text(
+        "import sys\nfrom smartinit.cli.exit_codes import report\n"
+        "try:\n    exec('raise KeyboardInterrupt')\nexcept KeyboardInterrupt as error:\n"
+        "    sys.exit(report(error, as_json=False))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "verb"], check=False, env=os.environ | {"PYTHONPATH": str(tmp_path)}, timeout=60
+    )
+    assert done.returncode == 130
 
 
 def test_ctrl_c_raises_once_and_leaves_cleaning_up_alone():
