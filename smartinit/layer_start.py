@@ -77,7 +77,7 @@ class LayerStarts:
                 gain = gain_of(pair, scaling, moment, embedding=target.host == "embedding")
         if config.use_dora:
             pair = replace(pair, magnitude=magnitude(target, pair, scaling))
-        kernel = tuple(target.module.kernel_size) if target.host == "conv2d" else None  # type: ignore[arg-type]
+        kernel = tuple(target.module.kernel_size) if target.host == "convolution" else None  # type: ignore[arg-type]
         return pair, LayerSummary(target.shape, ratios, certificate, kind=target.host, kernel=kernel, gain=gain)
 
     def _factors(self, method: Method, target: Target, rank: int, scaling: float, spectrum: Spectrum | None) -> Factors:

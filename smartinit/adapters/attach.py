@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from smartinit.adapters.bare import bare_module_names
 from smartinit.adapters.base_weight import Written, become, changes_of_base, give_up
 from smartinit.adapters.host import adapter_parameters, factor_parameters, find_host, parts_of
-from smartinit.adapters.layer import LoraLayer, bare_module_names
+from smartinit.adapters.layer import LoraLayer
 from smartinit.adapters.magnitude import set_magnitude
 from smartinit.adapters.offset import subtract_start
 from smartinit.adapters.rollback import undone_on_error

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from smartinit.adapters.layer import is_lora_layer
+from smartinit.adapters.bare import is_lora_layer
 from smartinit.errors import ModelError, UnknownNameError
 from smartinit.targets.tree import base_model
 

@@ -24,9 +24,9 @@ class Linear(LoraLayer):
         """``(in_features, out_features)``, from the layer's fields: a quantised weight has another shape."""
         return base_layer.in_features, base_layer.out_features  # type: ignore[return-value]
 
-    def low_rank(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """``b a x`` of rows ``x (..., in)``."""
-        return low_rank_product(self.get_base_layer(), x, a, b)
+    def low_rank(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+        """``s·b a x`` of rows ``x (..., in)``."""
+        return low_rank_product(self.get_base_layer(), x, a, b, scaling)
 
 
 class Conv1D(Linear):
@@ -112,21 +112,24 @@ class Embedding(Linear):
             nn.init.zeros_(a)
 
     def product(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        """``B A x``; numbers of tokens know no dropout."""
-        return self.low_rank(x, *self.matrices(adapter_name))
+        """``s·B A x``; numbers of tokens know no dropout."""
+        return self.low_rank(x, *self.matrices(adapter_name), self.scaling[adapter_name])
 
 
-def low_rank_product(base_layer: nn.Module, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``b a x`` as ``base_layer`` would multiply, in the dtype of ``a``; ``a (rank, in)`` and ``b (out, rank)``.
+def low_rank_product(
+    base_layer: nn.Module, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0
+) -> torch.Tensor:
+    """``s·b a x`` as ``base_layer`` would multiply, in the dtype of ``a``; ``a (rank, in)`` and ``b (out, rank)``.
 
     Args:
         base_layer: a linear layer, transformers' ``Conv1D``, a ``Conv2d`` or an ``Embedding``.
         x: its input.
         a: first factor, as a matrix or in the layer's own shape.
         b: second factor, likewise.
+        scaling: ``s``; it multiplies what ``a`` gives, of which there is least.
     """
     if isinstance(base_layer, nn.Embedding):
-        rows = functional.embedding(x, a.T, padding_idx=base_layer.padding_idx) @ b.T
+        rows = functional.embedding(x, a.T, padding_idx=base_layer.padding_idx) * scaling @ b.T
         scale = getattr(base_layer, "embed_scale", None)  # some models scale what their embeddings give
         if scale is None:
             return rows
@@ -136,8 +139,8 @@ def low_rank_product(base_layer: nn.Module, x: torch.Tensor, a: torch.Tensor, b:
         kernel = a.reshape(-1, *base_layer.weight.shape[1:])
         # The layer's own method pads in its own mode.
         inner = base_layer._conv_forward(x, kernel, None)  # noqa: SLF001
-        return functional.conv2d(inner, b.reshape(*b.shape[:2], 1, 1))
-    return functional.linear(functional.linear(x, a), b)
+        return functional.conv2d(inner * scaling, b.reshape(*b.shape[:2], 1, 1))
+    return functional.linear(functional.linear(x, a) * scaling, b)
 
 
 _KINDS: Mapping[type[nn.Module], type[LoraLayer]] = {

@@ -2,7 +2,8 @@
 
 Attribute and state-key names are PEFT's, so that code written for its layers works on these:
 ``base_layer``, ``lora_A.<adapter>.weight`` ``(r, in)``, ``lora_B.<adapter>.weight`` ``(out, r)``. What differs between
-kinds of layers is in `smartinit.adapters.kinds`.
+kinds of layers is in `smartinit.adapters.kinds`, weight decomposition in `smartinit.adapters.dora`, merging into the
+base weight in `smartinit.adapters.merging`, batches whose rows have different adapters in `smartinit.adapters.mixed`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from smartinit.adapters.dora import Magnitude, decomposed_update
+from smartinit.adapters.mixed import mixed_update
+from smartinit.adapters.part import AdapterPart
 from smartinit.adapters.start import start_of
 from smartinit.errors import ConfigError
 
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
     from smartinit.factors import Trains
 
 
-class LoraLayer(nn.Module):
+class LoraLayer(AdapterPart):
     """A layer with any number of named low-rank adapters beside it.
 
     Args:
@@ -31,34 +35,42 @@ class LoraLayer(nn.Module):
 
     Attributes:
         lora_A: adapter -> ``nn.Linear(in_features, r)`` without bias.
-        lora_B: adapter -> ``nn.Linear(r, out_features)`` without bias.
+        lora_B: adapter -> ``nn.Linear(r, out_features)``, with a bias if the configuration has ``lora_bias``.
+        lora_magnitude_vector: adapter -> `Magnitude`, for the adapters with ``use_dora``.
         scaling: adapter -> ``alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilised LoRA (arXiv 2312.03732).
         start: adapter -> `Start`: what its matrices were, if its base was split. With ``base="offset"`` the layer
             subtracts their product: ``h = W x + s·B A x - s₀·B₀ A₀ x``.
         trains: adapter -> which of its matrices are trained; the other stays frozen even while it is active.
-        active_adapters: the adapters that `forward` adds; names this layer does not have are passed over.
-        disable_adapters: while true, `forward` is the base layer's.
     """
 
-    # What belongs to one adapter, by where it is kept: the same two names as on PEFT's layers.
-    adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B")
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "trains", "start")
+    adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_magnitude_vector")
+    other_param_names = (
+        "r",
+        "lora_alpha",
+        "scaling",
+        "lora_dropout",
+        "use_rslora",
+        "use_dora",
+        "lora_bias",
+        "trains",
+        "start",
+    )
 
     def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.in_features, self.out_features = self.features(base_layer)
+        super().__init__(base_layer)
+        self.in_features, self.out_features = self.features(self.get_base_layer())
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
         self.lora_dropout = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
+        self.use_dora: dict[str, bool] = {}
+        self.lora_bias: dict[str, bool] = {}
         self.trains: dict[str, Trains] = {}
         self.start = nn.ModuleDict()
-        self.active_adapters: list[str] = []
-        self.disable_adapters = False
 
     @staticmethod
     def features(base_layer: nn.Module) -> tuple[int, int]:
@@ -77,9 +89,9 @@ class LoraLayer(nn.Module):
         bias: torch.Tensor | None = self.get_base_layer().bias  # type: ignore[assignment]
         return bias
 
-    def get_base_layer(self) -> nn.Module:
-        """The wrapped layer."""
-        return self.base_layer
+    def adapters(self) -> list[str]:
+        """The adapters that have matrices here."""
+        return list(self.r)
 
     def update_layer(
         self,
@@ -96,11 +108,11 @@ class LoraLayer(nn.Module):
             adapter_name: which one; an adapter of that name is replaced.
             r: its rank.
             lora_alpha: the numerator of its scaling.
-            config: dropout, rank stabilisation, kind of start.
+            config: dropout, rank stabilisation, DoRA, bias, kind of start.
             device: where its weights lie; None: where the base layer's do.
 
         Raises:
-            ConfigError: the rank is not positive.
+            ConfigError: the rank is not positive, or the configuration has an option that this kind of layer has not.
         """
         if r <= 0:
             raise ConfigError(f"the rank of adapter '{adapter_name}' must be at least 1, not {r}")
@@ -108,6 +120,7 @@ class LoraLayer(nn.Module):
         # Half precision cannot hold the small updates of A and B: PEFT trains them in float32 as well.
         dtype = base.dtype if base.dtype in (torch.float32, torch.float64) else torch.float32
         where = base.device if device is None else device
+        self.lora_bias[adapter_name] = bool(config.lora_bias)
         self.new_matrices(adapter_name, r, device=where, dtype=dtype)
         dropout = float(config.lora_dropout)
         self.lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
@@ -116,18 +129,19 @@ class LoraLayer(nn.Module):
         self.trains[adapter_name] = "both"
         self.set_alpha(adapter_name, lora_alpha)
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
-        for modules in (self.lora_A, self.lora_B, self.lora_dropout):
-            if adapter_name in modules:
+        self.use_dora[adapter_name] = bool(config.use_dora)
+        if config.use_dora:
+            self.lora_magnitude_vector[adapter_name] = Magnitude(self, adapter_name)
+        for part in (*self.adapter_layer_names, "lora_dropout"):
+            modules = getattr(self, part)
+            if isinstance(modules, nn.ModuleDict) and adapter_name in modules:
                 modules[adapter_name].train(self.training)
 
     def new_matrices(self, adapter_name: str, r: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
         """Make A and B of one adapter, without values."""
+        biased = self.lora_bias[adapter_name]
         self.lora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False, device=device, dtype=dtype)
-        self.lora_B[adapter_name] = nn.Linear(r, self.out_features, bias=False, device=device, dtype=dtype)
-
-    def has(self, adapter_name: str) -> bool:
-        """Whether this layer has an adapter of that name."""
-        return adapter_name in self.r
+        self.lora_B[adapter_name] = nn.Linear(r, self.out_features, bias=biased, device=device, dtype=dtype)
 
     def matrices(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B of one adapter, the parameters themselves: ``(r, in)`` and ``(out, r)``, see the kinds of layers."""
@@ -135,9 +149,29 @@ class LoraLayer(nn.Module):
 
     def set_alpha(self, adapter_name: str, lora_alpha: float) -> None:
         """Change one adapter's alpha, and with it its scaling."""
-        rank = self.r[adapter_name]
         self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = lora_alpha / (math.sqrt(rank) if self.use_rslora[adapter_name] else rank)
+        self.set_scale(adapter_name, 1.0)
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Set one adapter's scaling to ``scale`` times what its rank and alpha say; nothing if it is not here."""
+        if adapter_name in self.r:
+            rank = self.r[adapter_name]
+            divisor = math.sqrt(rank) if self.use_rslora[adapter_name] else rank
+            self.scaling[adapter_name] = scale * self.lora_alpha[adapter_name] / divisor
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters; None: back to what rank and alpha say."""
+        for name in self.active_adapters:
+            if scale is None:
+                self.set_scale(name, 1.0)
+            elif name in self.scaling:
+                self.scaling[name] /= scale
 
     @torch.no_grad()
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str = True) -> None:
@@ -156,71 +190,101 @@ class LoraLayer(nn.Module):
             nn.init.kaiming_uniform_(b, a=math.sqrt(5))
         else:
             nn.init.zeros_(b)
+        if self.lora_bias.get(adapter_name):
+            nn.init.zeros_(self.lora_B[adapter_name].bias)  # type: ignore[arg-type]
 
     def set_adapter(self, adapter_names: Sequence[str], *, inference_mode: bool = False) -> None:
         """Make these adapters the active ones and, unless ``inference_mode``, the trainable ones."""
-        self.active_adapters = list(adapter_names)
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
         for name in self.r:
-            trained = name in self.active_adapters and not inference_mode
             for one, matrix in zip(("a", "b"), self.matrices(name), strict=True):
-                matrix.requires_grad_(trained and self.trains.get(name, "both") in (one, "both"))
+                if self.trains.get(name, "both") not in (one, "both"):
+                    matrix.requires_grad_(False)
 
-    def remove(self, adapter_name: str) -> None:
-        """Forget one adapter; the others, and which names are active, stay."""
-        for part in (*self.adapter_layer_names, *self.other_param_names):
-            kept = getattr(self, part)
-            if adapter_name in kept:
-                del kept[adapter_name]
-
-    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, *args: object, adapter_names: Sequence[str] | None = None, **kwargs: object
+    ) -> torch.Tensor:
         """The base layer's output plus the active adapters'.
 
         Args:
             x: what the base layer takes, ``(..., in_features)`` for a linear one.
             *args: for the base layer.
+            adapter_names: an adapter for every row of ``x``, in place of the active ones.
             **kwargs: for the base layer.
 
         Returns:
             The shape of the base layer's output, in its dtype; the sum is made in the adapter's.
         """
+        if self.disable_adapters or self.merged_adapters:
+            return self.merged_forward(x, *args, adapter_names=adapter_names, **kwargs)
         result: torch.Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
-            return result
+        if adapter_names is not None:
+            return mixed_update(self, x, result, adapter_names)
         dtype = result.dtype
         for name in self.active_adapters:
-            if not self.has(name):
-                continue
-            update = self.product(name, x) * self.scaling[name]
-            start = start_of(self, name)
-            if start is not None and start.base == "offset":
-                # Before the base's output is added: at the start the difference is exactly zero.
-                update = update - self.low_rank(x, start.a, start.b) * start.scaling
-            result = result + update
+            if name in self.r:
+                result = self.update(name, x, result)
         return result.to(dtype)
 
+    def merged_forward(
+        self, x: torch.Tensor, *args: object, adapter_names: Sequence[str] | None, **kwargs: object
+    ) -> torch.Tensor:
+        """`forward` of a layer that adds nothing to its base: disabled, or merged into it.
+
+        Raises:
+            ConfigError: rows are to have adapters of their own while others are merged.
+        """
+        if self.disable_adapters:
+            self.unmerge()
+        elif adapter_names is not None:
+            raise ConfigError(
+                f"adapter_names cannot be used while {', '.join(self.merged_adapters)} is merged into the base "
+                "weights: call unmerge_adapter() first"
+            )
+        result: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        return result
+
+    def update(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """``result`` with one adapter's contribution added, in the wider of the two dtypes.
+
+        Args:
+            adapter_name: which one; it must be here.
+            x: the layer's input.
+            result: what the base layer, and adapters before this one, made of it.
+        """
+        if adapter_name in self.lora_magnitude_vector:
+            return decomposed_update(self, adapter_name, x, result)
+        update = self.product(adapter_name, x)
+        start = start_of(self, adapter_name)
+        if start is not None and start.base == "offset":
+            # Before the base's output is added: at the start the difference is exactly zero.
+            update = update - self.low_rank(x, start.a, start.b, start.scaling)
+        return result + update
+
     def product(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        """``B A x`` of one adapter, with its dropout."""
+        """``s·(B A x + b)`` of one adapter, with its dropout; b is there with ``lora_bias`` only."""
         rows = self.lora_dropout[adapter_name](x.to(self.matrices(adapter_name)[0].dtype))
-        product: torch.Tensor = self.lora_B[adapter_name](self.lora_A[adapter_name](rows))
+        inner: torch.Tensor = self.lora_A[adapter_name](rows)
+        scaling = self.scaling[adapter_name]
+        if self.lora_bias[adapter_name]:
+            product: torch.Tensor = self.lora_B[adapter_name](inner) * scaling
+        else:  # scaling the r numbers of a row costs less than scaling its out_features
+            product = self.lora_B[adapter_name](inner * scaling)
         return product
 
-    def low_rank(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """``b a x`` as this kind of layer multiplies: see `smartinit.adapters.kinds.low_rank_product`."""
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """``s·B A`` of one adapter, in the shape in which the base layer stores its weight."""
         raise NotImplementedError
 
+    def merged_weight(self, weight: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """What the stored weight becomes when one adapter is merged into it; a new tensor of its dtype."""
+        raise NotImplementedError
 
-def is_lora_layer(module: nn.Module) -> bool:
-    """Whether a module is a LoRA layer, of this package or of PEFT."""
-    parts = module._modules  # noqa: SLF001  (hasattr would ask modules that answer for the one they wrap)
-    return "base_layer" in parts and "lora_A" in parts
+    def unmerge(self) -> None:
+        """Give the base layer its original weight back, bit for bit; nothing if nothing is merged."""
+        if self.merged_adapters:
+            raise NotImplementedError
 
-
-def bare_module_names(root: nn.Module) -> list[str]:
-    """Names of a model's modules as they were before wrapping: nothing from inside its LoRA layers."""
-    names = []
-    inside: str | None = None
-    for name, module in root.named_modules():  # depth first: what is inside a layer follows it at once
-        if name and not (inside is not None and name.startswith(inside)):
-            names.append(name)
-            inside = f"{name}." if is_lora_layer(module) else None
-    return names
+    def low_rank(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+        """``s·b a x`` as this kind of layer multiplies: see `smartinit.adapters.kinds.low_rank_product`."""
+        raise NotImplementedError

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PREFIX = "base_model.model."
-Kind = Literal["linear", "conv1d", "conv2d", "embedding"]
+Kind = Literal["linear", "conv1d", "convolution", "embedding"]
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"

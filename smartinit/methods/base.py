@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from smartinit.spectrum import Spectrum
 
 Needs = Literal["activations", "covariance", "gradients"]
-Hosts = frozenset[Literal["linear", "conv1d", "conv2d", "embedding"]]
+Hosts = frozenset[Literal["linear", "conv1d", "convolution", "embedding"]]
 
 LINEAR: Hosts = frozenset({"linear", "conv1d"})
-ALL_HOSTS: Hosts = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+ALL_HOSTS: Hosts = frozenset({"linear", "conv1d", "convolution", "embedding"})
 
 
 @dataclass(frozen=True)

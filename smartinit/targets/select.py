@@ -192,7 +192,7 @@ def _why_not(module: nn.Module, hosts: Hosts) -> str:
         if "embedding" in hosts:
             return "an embedding with max_norm, which rewrites its own weight"
         return "an embedding, whose input is numbers of tokens and no activations"
-    if isinstance(module, _NAMED) and "conv2d" not in hosts:
+    if isinstance(module, _NAMED) and "convolution" not in hosts:
         return "a convolution"
     if isinstance(module, nn.Conv2d):
         return f"a convolution with groups={module.groups}"

@@ -11,16 +11,16 @@ from torch import nn
 
 from smartinit.errors import ModelError
 
-Host = Literal["linear", "conv1d", "conv2d", "embedding"]
+Host = Literal["linear", "conv1d", "convolution", "embedding"]
 Hosts = frozenset[Host]
 
 LINEAR: Hosts = frozenset({"linear", "conv1d"})
-ALL_HOSTS: Hosts = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+ALL_HOSTS: Hosts = frozenset({"linear", "conv1d", "convolution", "embedding"})
 Storage = tuple[int, torch.Size, tuple[int, ...]]
 """Where a weight lies: address, shape, strides."""
 
 _TRANSPOSED: Hosts = frozenset({"conv1d", "embedding"})
-_DIMENSIONS = {"linear": 2, "conv1d": 2, "conv2d": 4, "embedding": 2}
+_DIMENSIONS = {"linear": 2, "conv1d": 2, "convolution": 4, "embedding": 2}
 
 
 def host_of(module: nn.Module) -> Host | None:
@@ -36,7 +36,7 @@ def host_of(module: nn.Module) -> Host | None:
     if isinstance(module, nn.Linear):
         return "linear"
     if isinstance(module, nn.Conv2d):
-        return "conv2d" if module.groups == 1 else None
+        return "convolution" if module.groups == 1 else None
     if isinstance(module, nn.Embedding):
         return "embedding" if module.max_norm is None else None
     ancestors = [kind.__name__ for kind in type(module).__mro__]

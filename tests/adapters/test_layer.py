@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
+from smartinit.adapters.bare import bare_module_names
 from smartinit.adapters.host import factor_parameters
 from smartinit.adapters.kinds import Conv1D, Linear, low_rank_product, wrap
-from smartinit.adapters.layer import bare_module_names
 from smartinit.config import LoraConfig
 from smartinit.errors import ConfigError
 
@@ -126,7 +126,7 @@ def test_an_adapter_leaves_no_trace() -> None:
     layer.remove("default")
     layer.remove("default")
     for part in (*layer.adapter_layer_names, *layer.other_param_names):
-        assert list(getattr(layer, part)) == ([] if part == "start" else ["second"])
+        assert list(getattr(layer, part)) == ([] if part in ("start", "lora_magnitude_vector") else ["second"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,8 +148,9 @@ def test_outputs_and_gradients_are_pefts(kind: str, dtype: torch.dtype, seed: in
         out = layer(rows)
         out.square().sum().backward()
         results.append((out, rows.grad, layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad))
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-2  # ours scales the inner product, PEFT's the outer
     for mine, other in zip(*results, strict=True):
-        assert torch.equal(mine, other)
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance * float(other.detach().abs().max()))
 
 
 def test_state_keys_are_pefts() -> None:

@@ -29,7 +29,7 @@ TOLERANCE = {"fp32": 2e-5, "bf16": 3e-2}
 TARGETS = {
     "linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"],
     "conv1d": ["c_attn", "c_fc", "c_proj"],
-    "conv2d": ["projection"],
+    "convolution": ["projection"],
     "embedding": ["embed_tokens"],
 }
 INIT = {"kaiming": True, "random": False}
@@ -43,7 +43,7 @@ def _original(host: str) -> torch.nn.Module:
             n_embd=32, n_layer=2, n_head=4, n_positions=32, vocab_size=64, initializer_range=0.2
         )
         return transformers.GPT2LMHeadModel(config).eval()
-    if host == "conv2d":
+    if host == "convolution":
         config = transformers.ViTConfig(
             hidden_size=32,
             num_hidden_layers=2,
@@ -69,7 +69,7 @@ def make_model(host: str, dtype: str = "fp32") -> torch.nn.Module:
 def make_batches(host: str, count: int = 6) -> list[dict[str, torch.Tensor]]:
     """Random but fixed data; a third of the last row is padding."""
     generator = torch.Generator().manual_seed(SEED + 1)
-    if host == "conv2d":
+    if host == "convolution":
         return [
             {"pixel_values": torch.randn(4, 3, 16, 16, generator=generator), "labels": torch.arange(4) % 2}
             for _ in range(count)
@@ -86,7 +86,7 @@ def make_batches(host: str, count: int = 6) -> list[dict[str, torch.Tensor]]:
 def outputs(model: torch.nn.Module, host: str) -> torch.Tensor:
     """Logits ``(rows, classes)`` in float64 of one fixed batch."""
     batch = {key: value for key, value in make_batches(host, 1)[0].items() if key != "labels"}
-    if host == "conv2d":
+    if host == "convolution":
         batch["pixel_values"] = batch["pixel_values"].to(next(model.parameters()).dtype)
     with torch.no_grad():
         logits = model(**batch).logits.double()

@@ -186,7 +186,7 @@ def test_zero_weights_and_weights_on_the_grid_need_no_correction(seed):
 
 def test_defect_11_loftq_on_convolutions_and_embeddings(seed):
     """PEFT raises TypeError; as (out, in) matrices they are quantised like any other."""
-    assert {"conv2d", "embedding"} <= Loftq.hosts
+    assert {"convolution", "embedding"} <= Loftq.hosts
     convolution = torch.nn.Conv2d(6, 10, 3)
     weight = convolution.weight.detach().flatten(1)
     factors = start(Loftq(), weight, 4)

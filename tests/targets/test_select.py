@@ -354,7 +354,7 @@ def test_a_match_that_is_no_linear_layer_is_refused_with_the_reason(entry, reaso
         select_targets(Everything(), LoraConfig(target_modules=["fc", entry]))
 
 
-ALL = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+ALL = frozenset({"linear", "conv1d", "convolution", "embedding"})
 
 
 def test_other_kinds_of_layers_when_they_are_asked_for():
@@ -362,7 +362,7 @@ def test_other_kinds_of_layers_when_they_are_asked_for():
     targets = select_targets(model, LoraConfig(target_modules=["embed", "conv", "fc"]), hosts=ALL)
     assert [(t.name, t.host, t.shape) for t in targets] == [
         ("embed", "embedding", (4, 8)),
-        ("conv", "conv2d", (4, 4)),
+        ("conv", "convolution", (4, 4)),
         ("fc", "linear", (4, 4)),
     ]
     for everything in (LoraConfig(target_modules="all-linear"), LoraConfig()):
@@ -408,7 +408,7 @@ def test_adapters_of_other_kinds_when_they_are_asked_for(peft, wrap):
 )
 def test_a_kind_that_cannot_be_is_named(module, reason):
     model = nn.ModuleDict({"odd": module, "fc": nn.Linear(4, 4)})
-    with pytest.raises(TargetError, match=rf"none of conv1d, conv2d, embedding, linear: 'odd' is {reason}"):
+    with pytest.raises(TargetError, match=rf"none of conv1d, convolution, embedding, linear: 'odd' is {reason}"):
         select_targets(model, LoraConfig(target_modules=["odd", "fc"]), hosts=ALL)
 
 

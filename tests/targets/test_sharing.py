@@ -9,7 +9,7 @@ from smartinit.config import LoraConfig
 from smartinit.targets import select_targets
 from smartinit.targets.sharing import shared_weights, users_of_weights
 
-ALL = frozenset({"linear", "conv1d", "conv2d", "embedding"})
+ALL = frozenset({"linear", "conv1d", "convolution", "embedding"})
 
 
 def test_defect_27_tied_and_replicated_weights_are_found(tiny_llama):

@@ -46,7 +46,7 @@ CONVOLUTIONS = {
 def test_a_convolution_multiplies_patches_by_its_matrix(kind):
     layer = CONVOLUTIONS[kind]()
     target = Target.of(layer, "conv")
-    assert (target.host, target.shape, target.stored_shape) == ("conv2d", (5, 24), (5, 4, 2, 3))
+    assert (target.host, target.shape, target.stored_shape) == ("convolution", (5, 24), (5, 4, 2, 3))
     x = torch.randn(2, 4, 7, 8)
     patches = nn.functional.unfold(x, (2, 3), layer.dilation, layer.padding, layer.stride)
     expected = layer(x).flatten(2) - (0 if layer.bias is None else layer.bias[:, None])

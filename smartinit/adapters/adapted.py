@@ -1,0 +1,215 @@
+"""A model with adapters in it: running it, adding and choosing adapters, looking at what is there."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from smartinit.adapters import merging
+from smartinit.adapters.base_bias import check_biases, trained_biases
+from smartinit.adapters.injection import drop, inject, parts_of_model, unwrap
+from smartinit.adapters.layer import LoraLayer
+from smartinit.adapters.mixed import rows_with_adapters
+from smartinit.config import LoraConfig
+from smartinit.errors import ConfigError, UnknownNameError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from smartinit.adapters.part import AdapterPart
+
+
+class AdaptedModel(nn.Module):
+    """Runs a model in which adapters are; what this class does not have itself is the wrapped model's.
+
+    Args:
+        model: the model, which is changed in place by whoever puts adapters in.
+
+    Attributes:
+        model: the wrapped model.
+        peft_config: adapter -> its `LoraConfig`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.peft_config: dict[str, LoraConfig] = {}
+        self._active: list[str] = []
+        self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._undo_replication: Callable[[], None] | None = None
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  (whatever the wrapped model has)
+        """What is missing here is looked up in the wrapped model."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # not set yet: looking it up would not end
+                raise
+            return getattr(self.model, name)
+
+    def forward(self, *args: object, adapter_names: Sequence[str] | None = None, **kwargs: object) -> Any:  # noqa: ANN401
+        """The wrapped model's forward pass.
+
+        Args:
+            *args: for the wrapped model.
+            adapter_names: an adapter for every row of the batch (``"__base__"``: none), in place of the active ones.
+            **kwargs: for the wrapped model.
+
+        Raises:
+            UnknownNameError: there is no such adapter.
+            ArgumentError: another number of names than of rows.
+        """
+        with self._rows(adapter_names):
+            return self.model(*args, **kwargs)
+
+    def generate(self, *args: object, adapter_names: Sequence[str] | None = None, **kwargs: object) -> Any:  # noqa: ANN401
+        """The wrapped model's ``generate``; ``adapter_names`` as of `forward`."""
+        with self._rows(adapter_names):
+            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def get_base_model(self) -> nn.Module:
+        """The wrapped model; its target modules are still LoRA layers (see `unload`)."""
+        return self.model
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that the forward pass adds."""
+        return list(self._active)
+
+    def parts(self) -> dict[str, AdapterPart]:
+        """Module name in the wrapped model -> what adapters have there, in model order."""
+        return parts_of_model(self.model)
+
+    def lora_layers(self) -> dict[str, LoraLayer]:
+        """Module name in the wrapped model -> LoRA layer, in model order."""
+        return {name: part for name, part in self.parts().items() if isinstance(part, LoraLayer)}
+
+    def config_of(self, adapter_name: str) -> LoraConfig:
+        """One adapter's configuration, the object itself.
+
+        Raises:
+            UnknownNameError: there is no such adapter.
+        """
+        if adapter_name not in self.peft_config:
+            raise UnknownNameError(f"the model has no adapter '{adapter_name}'; it has: {', '.join(self.peft_config)}")
+        return self.peft_config[adapter_name]
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """How many parameters are trained, and how many there are."""
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        """Print both numbers and their ratio, in PEFT's words."""
+        trained, total = self.get_nb_trainable_parameters()
+        print(  # noqa: T201 - what it is for
+            f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}"
+        )
+
+    def add_adapter(self, adapter_name: str, config: LoraConfig, low_cpu_mem_usage: bool = False) -> None:
+        """Add another adapter; it is neither active nor trainable until `set_adapter` names it.
+
+        Raises:
+            ConfigError: the name is taken, or the configuration cannot be used (see the class).
+        """
+        if adapter_name in self.peft_config:
+            raise ConfigError(f"the model already has an adapter '{adapter_name}'; choose another name")
+        config = LoraConfig.from_any(config)
+        if config.layer_replication:
+            raise ConfigError("layer_replication changes the model's layers, so only its first adapter can have it")
+        self._inject(adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage)
+        self.set_adapter(self._active)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one or several adapters the active ones, trainable unless made for inference.
+
+        Raises:
+            UnknownNameError: there is no such adapter.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for name in names:
+            self.config_of(name)
+        self._active = names
+        frozen = inference_mode or (bool(names) and all(self.peft_config[name].inference_mode for name in names))
+        for part in self.parts().values():
+            part.set_adapter(names, inference_mode=frozen)
+        for name, config in self.peft_config.items():
+            for bias in trained_biases(self.model, config, name).values():
+                bias.requires_grad_(name in names and not frozen)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was the only active one, nothing is active any more.
+
+        Raises:
+            UnknownNameError: there is no such adapter.
+            ConfigError: it is merged into the base weights, or the model's last one (see `unload`).
+        """
+        self.config_of(adapter_name)
+        if any(adapter_name in part.merged_adapters for part in self.parts().values()):
+            raise ConfigError(f"adapter '{adapter_name}' is merged into the base weights: call unmerge_adapter() first")
+        if len(self.peft_config) == 1:
+            raise ConfigError(f"'{adapter_name}' is the only adapter: call unload(), which gives the base model back")
+        for bias in trained_biases(self.model, self.peft_config[adapter_name], adapter_name).values():
+            bias.requires_grad_(False)
+        drop(self.model, adapter_name)
+        del self.peft_config[adapter_name]
+        self.set_adapter([name for name in self._active if name != adapter_name])
+
+    def enable_adapter_layers(self) -> None:
+        """Let the active adapters take part in the forward pass."""
+        self._disable(disabled=False)
+
+    def disable_adapter_layers(self) -> None:
+        """Let the forward pass be the base model's."""
+        self._disable(disabled=True)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Without adapters inside the with-block; afterwards every layer is as it was before."""
+        before = {part: part.disable_adapters for part in self.parts().values()}
+        self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            for part, disabled in before.items():
+                part.disable_adapters = disabled
+
+    def _inject(self, adapter_name: str, config: LoraConfig, *, low_cpu_mem_usage: bool) -> None:
+        check_biases(self.model, config, self.peft_config)
+        inject(self.model, adapter_name, config, device="meta" if low_cpu_mem_usage else None)
+        self.peft_config[adapter_name] = config
+
+    def unload(self) -> nn.Module:
+        """The wrapped model with its own modules back in place and trainable as it was; adapters are dropped.
+
+        Its weights are the original ones: adapters that are merged are taken out first, and a base that was split
+        (`Artefact.apply`) gets its start back.
+        """
+        merging.restore_base(self.model, self.peft_config)
+        unwrap(self.model)
+        self._restore_layers()
+        for parameter in self.model.parameters():
+            parameter.requires_grad = False
+        for parameter in self._trainable:
+            parameter.requires_grad = True
+        self.peft_config.clear()
+        return self.model
+
+    def _restore_layers(self) -> None:
+        if self._undo_replication is not None:
+            self._undo_replication()
+            self._undo_replication = None
+
+    @contextmanager
+    def _rows(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
+        if adapter_names is None:
+            yield
+            return
+        with rows_with_adapters(self.parts().values(), adapter_names, known=self.peft_config):
+            yield
+
+    def _disable(self, *, disabled: bool) -> None:
+        for part in self.parts().values():
+            part.disable_adapters = disabled

@@ -1,0 +1,90 @@
+"""Putting the parts of an adapter into a model, and taking them out."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from smartinit.adapters.experts import add_parameter_layers
+from smartinit.adapters.kinds import wrap
+from smartinit.adapters.layer import LoraLayer
+from smartinit.adapters.part import AdapterPart
+from smartinit.adapters.saved_modules import add_saved_modules
+from smartinit.adapters.trained_tokens import add_trained_tokens
+from smartinit.targets.patterns import alpha_for, rank_for
+from smartinit.targets.select import select_targets
+from smartinit.targets.weight import ALL_HOSTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from torch import nn
+
+    from smartinit.config import LoraConfig
+
+
+def parts_of_model(root: nn.Module) -> dict[str, AdapterPart]:
+    """Module name -> adapter part, in model order; what a part wraps comes right after it."""
+    return {name: module for name, module in root.named_modules() if isinstance(module, AdapterPart)}
+
+
+def inject(root: nn.Module, adapter_name: str, config: LoraConfig, *, device: torch.device | str | None = None) -> None:
+    """Put all parts of one adapter into a model; after an error the model is as it was.
+
+    Args:
+        root: the model, possibly with parts of other adapters in it.
+        adapter_name: a new name.
+        config: what to put where.
+        device: where the weights lie; None: where the base's do.
+
+    Raises:
+        TargetError: ``target_modules`` or another list of names matches nothing.
+        ConfigError: a combination that cannot be.
+    """
+    try:
+        if config.target_modules is not None or not config.target_parameters:
+            _add_lora_layers(root, adapter_name, config, device)
+        add_parameter_layers(root, adapter_name, config, device=device)
+        add_saved_modules(root, adapter_name, config, device=device)
+        add_trained_tokens(root, adapter_name, config, device=device)
+    except BaseException:
+        drop(root, adapter_name)
+        raise
+
+
+def drop(root: nn.Module, adapter_name: str) -> None:
+    """Take one adapter off every part; a part without adapters gives its base layer back."""
+    for name, part in reversed(parts_of_model(root).items()):
+        part.remove(adapter_name)
+        if not part.adapters():
+            root.set_submodule(name, part.base_layer)
+
+
+def unwrap(root: nn.Module) -> None:
+    """Put every part's base layer in its place."""
+    for name, part in reversed(parts_of_model(root).items()):
+        root.set_submodule(name, part.base_layer)
+
+
+@contextmanager
+def bare(root: nn.Module) -> Iterator[None]:
+    """Inside, the model has its own modules in place, so that targets are chosen as for the first adapter."""
+    parts = parts_of_model(root)
+    try:
+        unwrap(root)
+        yield
+    finally:
+        for name, part in parts.items():
+            root.set_submodule(name, part)
+
+
+def _add_lora_layers(root: nn.Module, adapter_name: str, config: LoraConfig, device: torch.device | str | None) -> None:
+    with bare(root):
+        names = [target.name for target in select_targets(root, config, hosts=ALL_HOSTS)]
+    for name in names:
+        module = root.get_submodule(name)
+        layer = module if isinstance(module, LoraLayer) else wrap(name, module)
+        layer.train(module.training)
+        layer.update_layer(adapter_name, rank_for(config, name), alpha_for(config, name), config, device=device)
+        root.set_submodule(name, layer)
