@@ -82,11 +82,11 @@ def test_a_singular_covariance(method):
 def test_a_weight_of_zeros(method):
     model = make_model()
     nn.init.zeros_(model.get_submodule(NAME).weight)
-    try:
-        artefact = start(model, method)
-    except SmartinitError as error:
-        assert NAME in str(error) or "zero" in str(error)  # noqa: PT017 - either is sound, silence is not
+    if method == "loram":  # it matches the magnitude of the weight, and there is none
+        with pytest.raises(SmartinitError, match=rf"{NAME}.*zero"):
+            start(model, method)
         return
+    artefact = start(model, method)
     pair = artefact.factors[NAME]
     assert torch.isfinite(pair.a).all()
     assert (pair.b @ pair.a).abs().max() < 1e-6
