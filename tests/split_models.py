@@ -117,7 +117,7 @@ def weight_of(module: nn.Module) -> tuple[torch.Tensor, str, tuple[int, ...] | N
     """``W (out, in)`` in float64, the kind of layer, and the kernel of a convolution."""
     stored = module.weight.detach().double()
     if isinstance(module, nn.Conv2d):
-        return stored.flatten(1), "conv2d", tuple(module.kernel_size)
+        return stored.flatten(1), "convolution", tuple(module.kernel_size)
     if isinstance(module, nn.Embedding):
         return stored.T, "embedding", None
     if isinstance(module, nn.Linear):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from smartinit.adapters.magnitude import set_magnitude
 from smartinit.adapters.start import Start, start_of, starts_of
 from smartinit.errors import ArtefactError
 from smartinit.factors import Factors
@@ -28,7 +29,8 @@ class AdapterState:
 
     Attributes:
         plan: rank and alpha by module name.
-        factors: module name -> matrices ``(r, in)``, ``(out, r)``; a convolution's are flattened.
+        factors: module name -> matrices ``(r, in)``, ``(out, r)``; a convolution's are flattened. With DoRA, the
+            magnitude ``(out,)`` is there too.
         forms: module name -> how files show them.
     """
 
@@ -100,8 +102,14 @@ def fill(layers: Mapping[str, LoraLayer], adapter_name: str, stored: StoredAdapt
                     f"'{name}', where this model takes {tuple(fits.shape)}{_kernels(form)}; was it made for another "
                     "model?"
                 )
+        if held.magnitude is None and pair.magnitude is not None:
+            raise ArtefactError(
+                f"the adapter in '{stored.folder}' holds a magnitude for layer '{name}', but its configuration does not "
+                "say use_dora"
+            )
         for weight, tensor in zip(layer.matrices(adapter_name), (pair.a, pair.b), strict=True):
             weight.copy_(tensor.reshape(weight.shape))
+        set_magnitude(layer, adapter_name, pair.magnitude)
 
 
 def remember_starts(
@@ -124,7 +132,9 @@ def remember_starts(
 def _as_matrices(layer: LoraLayer, adapter_name: str) -> tuple[Factors, Form]:
     a, b = (matrix.detach() for matrix in layer.matrices(adapter_name))
     form = Form(adapter_name in getattr(layer, "lora_embedding_A", ()), tuple(a.shape[2:]))
-    return Factors(a.flatten(1), b.flatten(1)), form
+    magnitudes = layer.lora_magnitude_vector
+    magnitude = magnitudes[adapter_name].weight.detach().flatten() if adapter_name in magnitudes else None  # type: ignore[operator, union-attr]
+    return Factors(a.flatten(1), b.flatten(1), magnitude=magnitude), form
 
 
 def _kernels(form: Form) -> str:
