@@ -6,10 +6,15 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from smartinit.adapters.merged_weight import unmerge
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     import torch
+
+    from smartinit.adapters.merged_weight import MergedWeight
+    from smartinit.adapters.weight_change import WeightChange
 
 
 class AdapterPart(nn.Module):
@@ -25,6 +30,7 @@ class AdapterPart(nn.Module):
         active_adapters: the adapters that `forward` uses; names that this part does not have are passed over.
         disable_adapters: while true, `forward` is the base layer's.
         merged_adapters: those that are in the base layer's weight at present, in the order in which they came in.
+        merged_weights: the parameters of the base layer that they are in, with what these were before.
     """
 
     # What belongs to one adapter, by where it is kept: the same two names as on PEFT's layers.
@@ -36,6 +42,7 @@ class AdapterPart(nn.Module):
         self.base_layer = base_layer
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
+        self.merged_weights: list[MergedWeight] = []
         self.disable_adapters = False
 
     @property
@@ -78,6 +85,38 @@ class AdapterPart(nn.Module):
             kept = getattr(self, part)
             if adapter_name in kept:
                 del kept[adapter_name]
+
+    def changes(self, adapter_name: str) -> list[WeightChange]:
+        """What merging one adapter does to parameters of the base layer (`get_base_layer`); nothing by default.
+
+        A part that stands in for a whole module changes no parameter: see `merged_module`. See
+        `smartinit.adapters.weight_change` for the kinds of changes there are.
+
+        Raises:
+            ConfigError: the adapter cannot be merged; nothing has been changed then.
+            ModelError: likewise, for the base layer's sake.
+        """
+        del adapter_name
+        return []
+
+    def merged_module(self, adapter_names: Sequence[str]) -> nn.Module:
+        """What takes this part's place when adapters are merged for good: by default the base layer.
+
+        Args:
+            adapter_names: the adapters that are merged, in their order; some may have nothing here.
+
+        Raises:
+            ConfigError: they cannot be merged together.
+        """
+        del adapter_names
+        return self.base_layer
+
+    def unmerge(self) -> None:
+        """Give the base layer its original parameters back, bit for bit; nothing if no adapter is merged.
+
+        Where several parts are merged into one parameter, all of them are unmerged.
+        """
+        unmerge(self)
 
     def other_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         """What one adapter has here besides LoRA's matrices and magnitudes, by the rest of its key in PEFT's files.

@@ -1,0 +1,74 @@
+"""A parameter that adapters are merged into at present, with what it was before."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Holds(Protocol):
+    """What a merged parameter knows of the parts whose adapters are in it."""
+
+    merged_adapters: list[str]
+    merged_weights: list[MergedWeight]
+
+
+class MergedWeight:
+    """One parameter, kept as it was, until `restore`.
+
+    A parameter that is only used where the merged adapters are is written in place, and its values are copied to the
+    host's memory first. One that others use too is replaced where the adapters are; the others keep the original.
+
+    Args:
+        places: modules that use the parameter, and its name there.
+        original: the parameter itself.
+        in_place: whether it is written in place.
+
+    Attributes:
+        parts: those whose adapters are merged into it.
+    """
+
+    def __init__(self, places: list[tuple[nn.Module, str]], original: nn.Parameter, *, in_place: bool) -> None:
+        self.places = places
+        self.original = original
+        self.values = original.detach().to("cpu", copy=True) if in_place else None
+        self.parts: list[Holds] = []
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the original back, bit for bit, on the device where the parameter is now."""
+        for module, name in self.places:
+            now: torch.Tensor = getattr(module, name)
+            if self.values is not None:
+                now.copy_(self.values)
+            elif now is not self.original:
+                if self.original.device != now.device:  # the model has moved in the meantime
+                    self.original.data = self.original.data.to(now.device)
+                setattr(module, name, self.original)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MergedWeight:
+        """A copied model has modules of its own; the values before merging are never written to, so one copy serves."""
+        made = MergedWeight.__new__(MergedWeight)
+        memo[id(self)] = made
+        made.values = self.values
+        made.places, made.original, made.parts = copy.deepcopy((self.places, self.original, self.parts), memo)
+        return made
+
+
+def unmerge(part: Holds) -> None:
+    """Give the base parameters of a part their originals back, and of all parts that share one of these."""
+    waiting, restored = [part], set[MergedWeight]()
+    while waiting:
+        one = waiting.pop()
+        for weight in one.merged_weights:
+            if weight not in restored:
+                weight.restore()
+                restored.add(weight)
+                waiting += weight.parts
+        one.merged_weights.clear()
+        one.merged_adapters.clear()
