@@ -7,8 +7,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
 from smartinit.config.lora import entries_regex
-from smartinit.errors import ConfigError
 from smartinit.targets.names import base_names, match_names, normalise_name
+from smartinit.targets.pattern_index import compiled, pattern_index
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -16,15 +16,6 @@ if TYPE_CHECKING:
     from smartinit.config import LoraConfig
 
 T = TypeVar("T")
-
-
-# Python's own cache holds 512 patterns; with more, as in a plan of a large model, each match would compile again.
-@lru_cache(maxsize=1 << 16)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"the pattern {pattern!r} is not a regular expression ({error})") from error
 
 
 @lru_cache(maxsize=1 << 16)
@@ -48,12 +39,12 @@ def is_excluded(config: LoraConfig, name: str) -> bool:
     """Whether ``exclude_modules`` names this module, or ``modules_to_save`` names it or a module around it."""
     excluded = config.exclude_modules
     if isinstance(excluded, str):
-        if _compiled(excluded).fullmatch(name):
+        if compiled(excluded).fullmatch(name):
             return True
     elif excluded and in_entries(excluded, name):
         return True
     saved = config.modules_to_save or ()
-    return any(_compiled(rf"(^|.*\.){entry}($|\..*)").match(name) for entry in saved)
+    return any(compiled(rf"(^|.*\.){entry}($|\..*)").match(name) for entry in saved)
 
 
 def match_module(config: LoraConfig, name: str) -> bool:
@@ -67,7 +58,7 @@ def match_module(config: LoraConfig, name: str) -> bool:
     if targets is None or is_excluded(config, name):
         return False
     if isinstance(targets, str):
-        return _compiled(targets).fullmatch(name) is not None
+        return compiled(targets).fullmatch(name) is not None
     # PEFT looks at the layer's number only if the name was not given in full.
     return name in targets or (in_entries(targets, name) and in_chosen_layers(config, name))
 
@@ -82,7 +73,7 @@ def in_chosen_layers(config: LoraConfig, name: str) -> bool:
     # Lazily, to find the layer's number and not that of an expert inside it. As in PEFT, without layers_pattern the
     # number needs two parts before it: `transformer.h.0.attn` has one, `h.0.attn` has not.
     before = [rf"(?:^|.*?\.){parent}" for parent in parents or ()] or [r".*?\.[^.]*"]
-    matches = (_compiled(rf"{start}\.(?P<layer>\d+)\.").match(name) for start in before)
+    matches = (compiled(rf"{start}\.(?P<layer>\d+)\.").match(name) for start in before)
     found = next((match for match in matches if match), None)
     if found is None:
         return False
@@ -92,11 +83,12 @@ def in_chosen_layers(config: LoraConfig, name: str) -> bool:
 
 def _lookup(patterns: Mapping[str, T], name: str, default: T) -> T:
     """PEFT's rule: the first pattern that matches the name's end; failing that, the name itself as a key."""
+    if not patterns:
+        return default
     names = base_names(name)
-    for key in patterns:
-        pattern = _compiled(rf"(.*\.)?({key})$")
-        if any(pattern.match(candidate) for candidate in names):
-            return patterns[key]
+    key = pattern_index(tuple(patterns)).first(names)
+    if key is not None:
+        return patterns[key]
     return next((patterns[candidate] for candidate in names if candidate in patterns), default)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from smartinit.config import LoraConfig
 from smartinit.errors import ConfigError
 from smartinit.targets import alpha_for, match_module, rank_for
-from smartinit.targets.patterns import _compiled
+from smartinit.targets.pattern_index import compiled, pattern_index
 
 LAYER = "model.layers.0.self_attn.q_proj"
 
@@ -205,10 +207,42 @@ def test_a_pattern_assigned_later_that_is_no_regular_expression():
         rank_for(config, LAYER)
 
 
-def test_a_thousand_patterns_are_compiled_once_each():
+@pytest.mark.parametrize(("form", "expressions"), [("^{}$", 0), (r"^(?:{}|x\.y)$", 0), ("^{}x?$", 1000)])
+def test_of_a_thousand_patterns_none_is_tried_that_is_a_name_and_each_other_is_compiled_once(form, expressions):
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(1000)]
-    config = LoraConfig(rank_pattern={f"^{name}$": i + 1 for i, name in enumerate(names)})
+    config = LoraConfig(rank_pattern={form.format(name): i + 1 for i, name in enumerate(names)})
+    before = compiled.cache_info().misses
     assert rank_for(config, names[-1]) == 1000
-    compiled = _compiled.cache_info().misses
+    assert compiled.cache_info().misses == before + expressions
     assert [rank_for(config, name) for name in names[::100]] == list(range(1, 1001, 100))
-    assert _compiled.cache_info().misses == compiled
+    assert compiled.cache_info().misses == before + expressions
+
+
+PIECES = st.sampled_from(["a", "b", "ab", "_", "-", ".", ".", r"\.", r"\-", "^", "$", "|", "(?:", ")", "*", "\n", "é"])
+KEYS = st.lists(PIECES, min_size=1, max_size=6).map("".join)
+KEYS |= st.lists(st.sampled_from(["a", r"a\.b", "a.b", "b", "-a", "b.a.b"]), min_size=1, max_size=3).flatmap(
+    lambda names: st.sampled_from(
+        ["|".join(names), f"^(?:{'|'.join(names)})$", f"(?:{'|'.join(names)})", f"^{names[0]}"]
+    )
+)
+
+
+def is_expression(key):
+    try:
+        re.compile(key)
+    except re.error:
+        return False
+    return True
+
+
+@settings(max_examples=500)
+@given(
+    st.lists(KEYS.filter(is_expression), min_size=1, max_size=5, unique=True),
+    st.lists(st.sampled_from(["a", "b", "ab", "_", "-", ".", ".", "\n", "é"]), min_size=1, max_size=7).map("".join),
+)
+def test_the_first_of_any_keys_is_pefts(keys, name):
+    """Dots match any character, anchors hold, and what looks like a name but is an expression is tried as one."""
+    pytest.importorskip("peft")
+    from peft.utils.other import get_pattern_key
+
+    assert (pattern_index(tuple(keys)).first([name]) or name) == get_pattern_key(keys, name)
