@@ -12,6 +12,12 @@ from smartinit.adapters.base_bias import check_biases, trained_biases
 from smartinit.adapters.injection import drop, inject, parts_of_model, unwrap
 from smartinit.adapters.layer import LoraLayer
 from smartinit.adapters.mixed import rows_with_adapters
+from smartinit.adapters.training import (
+    CHECKPOINTING_SWITCHES,
+    unshare_tied,
+    with_input_gradients,
+    with_signature_of,
+)
 from smartinit.config import LoraConfig
 from smartinit.errors import ConfigError, UnknownNameError
 
@@ -32,6 +38,9 @@ class AdaptedModel(nn.Module):
         peft_config: adapter -> its `LoraConfig`.
     """
 
+    # Here transformers looks whether adapters are what is trained of a quantised model, which cannot be trained itself.
+    _hf_peft_config_loaded = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -39,6 +48,9 @@ class AdaptedModel(nn.Module):
         self._active: list[str] = []
         self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._undo_replication: Callable[[], None] | None = None
+        # On the object: the class's own signature stays, and torch finds both.
+        vars(self)["forward"] = with_signature_of(model, self.forward)
+        self.register_state_dict_post_hook(unshare_tied)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401  (whatever the wrapped model has)
         """What is missing here is looked up in the wrapped model."""
@@ -47,13 +59,18 @@ class AdaptedModel(nn.Module):
         except AttributeError:
             if name == "model":  # not set yet: looking it up would not end
                 raise
-            return getattr(self.model, name)
+            found = getattr(self.model, name)
+            return with_input_gradients(self.model, found) if name in CHECKPOINTING_SWITCHES else found
 
-    def forward(self, *args: object, adapter_names: Sequence[str] | None = None, **kwargs: object) -> Any:  # noqa: ANN401
+    def forward(
+        self, *args: object, labels: object = None, adapter_names: Sequence[str] | None = None, **kwargs: object
+    ) -> Any:  # noqa: ANN401
         """The wrapped model's forward pass.
 
         Args:
             *args: for the wrapped model.
+            labels: for the wrapped model, if given. transformers' ``Trainer`` looks for this name in the class, to know
+                which column of a batch holds the labels.
             adapter_names: an adapter for every row of the batch (``"__base__"``: none), in place of the active ones.
             **kwargs: for the wrapped model.
 
@@ -61,6 +78,8 @@ class AdaptedModel(nn.Module):
             UnknownNameError: there is no such adapter.
             ArgumentError: another number of names than of rows.
         """
+        if labels is not None:
+            kwargs["labels"] = labels
         with self._rows(adapter_names):
             return self.model(*args, **kwargs)
 
@@ -68,6 +87,13 @@ class AdaptedModel(nn.Module):
         """The wrapped model's ``generate``; ``adapter_names`` as of `forward`."""
         with self._rows(adapter_names):
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def _get_name(self) -> str:
+        """The wrapped model's class: `Trainer` knows by this name that labels are shifted (with label smoothing)."""
+        return str(self.model._get_name())  # noqa: SLF001 - torch's name for it
+
+    def __repr__(self) -> str:
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
 
     def get_base_model(self) -> nn.Module:
         """The wrapped model; its target modules are still LoRA layers (see `unload`)."""

@@ -9,6 +9,7 @@ from smartinit.adapters.adapted import AdaptedModel
 from smartinit.adapters.conversion import subtract_mutated_init
 from smartinit.adapters.replication import replicate_layers
 from smartinit.adapters.state import adapter_state
+from smartinit.adapters.training import require_input_gradients
 from smartinit.config import LoraConfig
 from smartinit.errors import ModelError
 from smartinit.formats.tensors import stored_tensors
@@ -67,6 +68,7 @@ class LoraModel(AdaptedModel):
         for parameter in self._trainable:
             parameter.requires_grad = False
         self.set_adapter(adapter_name)
+        require_input_gradients(model)
 
     # -- into the base weights ----------------------------------------------------------------------------------------
 

@@ -83,7 +83,7 @@ def from_pretrained(
     config = _config_for(model, stored, is_trainable=is_trainable)
     wrapped = kind(model, config, adapter_name, low_cpu_mem_usage)
     try:
-        _fill(wrapped, adapter_name, stored)
+        fill_adapter(wrapped, adapter_name, stored)
     except BaseException:
         wrapped.unload()
         raise
@@ -102,14 +102,14 @@ def load_adapter(
     stored = read_adapter(folder)
     model.add_adapter(adapter_name, _config_for(model.model, stored, is_trainable=is_trainable), low_cpu_mem_usage)
     try:
-        _fill(model, adapter_name, stored)
+        fill_adapter(model, adapter_name, stored)
     except BaseException:
         drop(model.model, adapter_name)
         del model.peft_config[adapter_name]
         raise
 
 
-def _fill(model: AdaptedModel, adapter_name: str, stored: StoredAdapter) -> None:
+def fill_adapter(model: AdaptedModel, adapter_name: str, stored: StoredAdapter) -> None:
     """Copy a file's tensors into an adapter that was made from the same file's configuration.
 
     Raises:
