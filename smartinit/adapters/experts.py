@@ -1,22 +1,213 @@
-"""LoRA on bare parameters, such as the fused weights of experts: ``target_parameters``."""
+"""LoRA on bare parameters, such as the fused weights of experts: ``target_parameters``.
+
+Mixture-of-experts models of transformers 5 keep the weights of all experts of a block in one parameter of three
+dimensions, and no layer is called that could be wrapped. Here the module that owns the parameter is wrapped, and while
+it runs the parameter reads as ``W + s·B A``. Two parameters of one module get two parts, one around the other.
+
+Shapes, names and the order of the axes are PEFT's (0.21.2, ``ParamWrapper``), for E experts:
+
+- the parameter: ``(E, out, in)``, or ``(E, in, out)`` where its module says ``is_transposed`` (gpt-oss); ``(out, in)``
+  is E = 1
+- ``lora_A.<adapter>.weight (E·r, in)``: row ``e·r + k`` is direction k of expert e
+- ``lora_B.<adapter>.weight (out, r·E)``: column ``k·E + e`` is direction k of expert e, the other way round
+- in files the inner of two parts has ``<module>.base_layer.lora_A.weight``, the outer ``<module>.lora_A.weight``
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import warnings
+from typing import TYPE_CHECKING, Any
 
-from smartinit.errors import ConfigError
+import torch
+from torch.func import functional_call
+
+from smartinit.adapters.layer import LoraLayer
+from smartinit.adapters.part import AdapterPart
+from smartinit.adapters.start import start_of
+from smartinit.adapters.weight_change import LowRankChange
+from smartinit.config.checks import closest, require
+from smartinit.errors import ConfigError, TargetError
+from smartinit.targets.patterns import alpha_for, rank_for
+from smartinit.targets.weight import host_of
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Iterator, Sequence
+
     from torch import nn
 
+    from smartinit.adapters.weight_change import WeightChange
     from smartinit.config import LoraConfig
+
+_DIMENSIONS = (2, 3)
+# What can be trained through: in float8 a weight has scales of its own, which a sum would ignore.
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_WRAPPED = ".base_layer"
+
+
+class ParameterLora(LoraLayer):
+    """LoRA around a module, on one of its parameters.
+
+    While the module runs, its parameter is replaced by ``W + s·B A``: one more tensor of the size of the parameter,
+    E·out·in, which autograd keeps until the backward pass has used it, where its gradient is another one. Gradient
+    checkpointing brings that down to one block at a time. Whoever reads the parameter from outside of the module's
+    ``forward`` gets ``W``. The module's own ``_parameters`` hold the sum only during the call, whatever the call
+    raises, so state dicts and copies never see it.
+
+    Args:
+        base_layer: the module as the model had it, or the part on another of its parameters.
+        parameter_name: which of the module's own parameters.
+
+    Attributes:
+        parameter_name: its name in the module.
+        experts: E, how many matrices it stacks; 1 for a parameter of two dimensions.
+        transposed: whether it stores ``(in, out)``.
+    """
+
+    def __init__(self, base_layer: nn.Module, parameter_name: str) -> None:
+        self.parameter_name = parameter_name  # `features` reads it
+        super().__init__(base_layer)
+        self.experts = self.weight.shape[0] if self.weight.ndim == 3 else 1  # noqa: PLR2004 - dimensions
+        self.transposed = self._is_transposed(self.get_base_layer())
+
+    def features(self, base_layer: nn.Module) -> tuple[int, int]:  # type: ignore[override]  # depends on the parameter
+        """``(in_features, out_features)`` of one expert."""
+        rows, columns = getattr(base_layer, self.parameter_name).shape[-2:]
+        return (rows, columns) if self._is_transposed(base_layer) else (columns, rows)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The parameter, without adapters."""
+        weight: torch.Tensor = getattr(self.get_base_layer(), self.parameter_name)
+        return weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """None: the module's bias is a parameter of its own."""
+        return None
+
+    def new_matrices(self, adapter_name: str, r: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
+        """Make A ``(E·r, in)`` and B ``(out, r·E)`` of one adapter, without values."""
+        super().new_matrices(adapter_name, r * self.experts, device=device, dtype=dtype)
+
+    def factors_of(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``a (E·r, in)`` and ``b (out, r·E)`` expert by expert: views ``(E, r, in)`` and ``(E, out, r)``."""
+        return a.unflatten(0, (self.experts, -1)), b.unflatten(1, (-1, self.experts)).permute(2, 0, 1)
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """``s·B A`` of one adapter in the parameter's shape and the adapter's dtype. O(E·out·in·r)."""
+        left, right = self._product(*self.matrices(adapter_name))
+        return (left @ right * self.scaling[adapter_name]).reshape(self.weight.shape)
+
+    @torch.no_grad()
+    def changes(self, adapter_name: str) -> list[WeightChange]:
+        """What merging one adapter does to the parameter; see `smartinit.adapters.part.AdapterPart.changes`."""
+        left, right = self._product(*self.matrices(adapter_name))
+        left = left * self.scaling[adapter_name]
+        start = start_of(self, adapter_name)
+        if start is not None and start.base == "offset":
+            first, second = self._product(start.a, start.b)
+            left, right = torch.cat([left, first * -start.scaling], dim=2), torch.cat([right, second], dim=1)
+        if self.weight.ndim == 2:  # noqa: PLR2004 - dimensions
+            left, right = left[0], right[0]
+        base = self.get_base_layer()
+        return [LowRankChange(base, self.parameter_name, adapter_name, left.detach(), right.detach())]
+
+    def adapted_weight(self, adapter_names: Sequence[str]) -> torch.Tensor:
+        """``W + s·B A`` with several adapters, differentiable, in the parameter's dtype.
+
+        The matrices are rounded to that dtype first, as in PEFT: the product is then summed inside one kernel, and
+        no second tensor of the parameter's size is held. O(E·out·in·r) each.
+        """
+        weight = self.weight
+        total = self._stacked(weight)
+        # Under autocast the product would come in another dtype than the parameter's.
+        with torch.autocast(device_type=weight.device.type, enabled=False):
+            for number, name in enumerate(adapter_names):
+                left, right = (factor.to(weight.dtype) for factor in self._product(*self.matrices(name)))
+                start = start_of(self, name)
+                if start is not None and start.base == "offset":
+                    first, second = (factor.to(weight.dtype) for factor in self._product(start.a, start.b))
+                    # The difference first: at the start it is exactly zero.
+                    total = total + (left @ right * self.scaling[name] - first @ second * start.scaling)
+                elif number:  # a tensor of our own, which no backward pass reads
+                    total = total.baddbmm_(left, right, alpha=self.scaling[name])
+                else:
+                    total = torch.baddbmm(total, left, right, alpha=self.scaling[name])
+        return total.reshape(weight.shape)
+
+    def forward(
+        self,
+        *args: Any,  # noqa: ANN401
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """The module's output with the active adapters in its parameter.
+
+        Args:
+            *args: for the module.
+            adapter_names: an adapter for every row of the batch, in place of the active ones.
+            **kwargs: for the module.
+
+        Raises:
+            ConfigError: rows with different adapters: experts see tokens, not rows, and have one weight per call.
+        """
+        names = self._acting(adapter_names)
+        if not names:
+            return self.base_layer(*args, **kwargs)
+        path, inner = self.parameter_name, self.base_layer
+        while isinstance(inner, ParameterLora):
+            path, inner = f"base_layer.{path}", inner.base_layer
+        return functional_call(self.base_layer, {path: self.adapted_weight(names)}, args, kwargs, tie_weights=False)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows: several parts may be around one module."""
+        return f"parameter_name={self.parameter_name!r}"
+
+    def _acting(self, adapter_names: Sequence[str] | None) -> list[str]:
+        """The adapters that this call adds to the parameter."""
+        if self.disable_adapters:
+            self.unmerge()
+            return []
+        if adapter_names is None:
+            return [] if self.merged_adapters else [name for name in self.active_adapters if name in self.r]
+        if self.merged_adapters:
+            raise ConfigError(
+                f"adapter_names cannot be used while {', '.join(self.merged_adapters)} is merged into the base "
+                "weights: call unmerge_adapter() first"
+            )
+        wanted = set(adapter_names)
+        here = [name for name in self.r if name in wanted]
+        if here and len(wanted) > 1:
+            raise ConfigError(
+                f"adapter_names gives the rows different adapters ({', '.join(sorted(wanted))}), which "
+                f"target_parameters cannot: parameter '{self.parameter_name}' has one value for the whole batch; "
+                "run one batch per adapter"
+            )
+        return here
+
+    def _product(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two stacks whose product has the parameter's layout."""
+        right, left = self.factors_of(a, b)
+        return (right.transpose(1, 2), left.transpose(1, 2)) if self.transposed else (left, right)
+
+    def _is_transposed(self, base_layer: nn.Module) -> bool:
+        """As PEFT: a module says it of its stacked parameters; a matrix is ``(out, in)`` whatever it says."""
+        stacked = getattr(base_layer, self.parameter_name).ndim == 3  # noqa: PLR2004 - dimensions
+        return stacked and bool(getattr(base_layer, "is_transposed", False))
+
+    @staticmethod
+    def _stacked(weight: torch.Tensor) -> torch.Tensor:
+        """``(E, rows, columns)``, a view."""
+        return weight if weight.ndim == 3 else weight.unsqueeze(0)  # noqa: PLR2004 - dimensions
 
 
 def add_parameter_layers(
     root: nn.Module, adapter_name: str, config: LoraConfig, *, device: torch.device | str | None = None
 ) -> None:
     """Put the parts of one adapter into a model; nothing where the configuration asks for none.
+
+    An entry of ``target_parameters`` is the whole name of a parameter or a dotted ending of it, as in PEFT;
+    ``rank_pattern`` and ``alpha_pattern`` are matched with the parameter's name.
 
     Args:
         root: the model, possibly with parts of other adapters in it.
@@ -25,9 +216,121 @@ def add_parameter_layers(
         device: where its weights lie; None: where the base's do.
 
     Raises:
-        TargetError: a name that matches nothing.
-        ConfigError: a combination that cannot be.
+        TargetError: no parameter has such a name, or it is one that cannot get an adapter.
+        ConfigError: a combination that cannot be: dropout, DoRA, a LoRA bias; other parameters than those of the
+            model's other adapters, since files number parts of one module by their nesting.
+
+    Warns:
+        UserWarning: an entry that matches nothing while others do.
     """
-    del root, adapter_name, device
-    if config.target_parameters:
-        raise ConfigError(f"target_parameters={config.target_parameters!r} is not supported yet")
+    if not config.target_parameters:
+        return
+    _check_options(config)
+    known = dict(_parameters(root))
+    chosen = [name for name in known if any(_means(entry, name) for entry in config.target_parameters)]
+    _check_entries(config.target_parameters, known, chosen)
+    for name in chosen:
+        _check_parameter(name, *known[name])
+    _check_others(root, chosen)
+    for name in chosen:
+        path, outer = known[name]
+        module = root.get_submodule(path)
+        layer = _part_on(module, name) or ParameterLora(module, _last(name))
+        layer.training = outer.training  # not train(), which would tell the modules inside as well
+        layer.update_layer(adapter_name, rank_for(config, name), alpha_for(config, name), config, device=device)
+        if layer.base_layer is module:
+            root.set_submodule(path, layer)
+
+
+def parameter_names(root: nn.Module) -> dict[str, str]:
+    """Module name of each part on a parameter -> name of the parameter in the model without adapters."""
+    return {
+        path: f"{path.replace(_WRAPPED, '')}.{part.parameter_name}"
+        for path, part in root.named_modules()
+        if isinstance(part, ParameterLora)
+    }
+
+
+def _parameters(root: nn.Module) -> Iterator[tuple[str, tuple[str, nn.Module]]]:
+    """Name of every parameter that the model has of its own -> name of the module that owns it, and what is there."""
+    inside: str | None = None
+    for path, module in root.named_modules():
+        if inside is not None and path.startswith(inside):
+            continue
+        inside = f"{path}." if isinstance(module, AdapterPart) else None
+        base = module.get_base_layer() if isinstance(module, AdapterPart) else module
+        for name, _ in base.named_parameters(recurse=False):
+            yield f"{path}.{name}" if path else name, (path, module)
+
+
+def _part_on(module: nn.Module, name: str) -> ParameterLora | None:
+    """The part on this parameter among those around its module."""
+    while isinstance(module, ParameterLora):
+        if module.parameter_name == _last(name):
+            return module
+        module = module.base_layer
+    return None
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _means(entry: str, name: str) -> bool:
+    return name == entry or name.endswith(f".{entry}")
+
+
+def _check_options(config: LoraConfig) -> None:
+    said = "target_parameters cannot be used with {}: the adapter is added to a weight and sees no input"
+    require(config.lora_dropout == 0, said.format(f"lora_dropout={config.lora_dropout}"))
+    require(not config.use_dora, "target_parameters cannot be used with use_dora: stacked weights have no row norms")
+    require(not config.lora_bias, said.format("lora_bias"))
+    require(not config.fan_in_fan_out, "target_parameters cannot be used with fan_in_fan_out, which is for layers")
+
+
+def _check_entries(entries: Sequence[str], known: Sequence[str] | dict[str, Any], chosen: Sequence[str]) -> None:
+    for entry in sorted(set(entries)):
+        if any(_means(entry, name) for name in chosen):
+            continue
+        parts = entry.count(".") + 1
+        near = closest(entry, {".".join(name.split(".")[-parts:]) for name in known})
+        if not chosen:
+            raise TargetError(f"target_parameters={list(entries)} matched none of {len(known)} parameters{near}")
+        warnings.warn(f"target_parameters entry {entry!r} matched no parameter{near}", stacklevel=5)
+
+
+def _check_parameter(name: str, path: str, outer: nn.Module) -> None:
+    """Refuse what cannot get an adapter."""
+    if not path:
+        raise TargetError(f"parameter '{name}' belongs to the model itself, around which no part can be put")
+    if isinstance(outer, AdapterPart) and not isinstance(outer, ParameterLora):
+        raise TargetError(
+            f"parameter '{name}' belongs to a module that already has an adapter; name it either in target_modules "
+            "(or modules_to_save) or in target_parameters"
+        )
+    base = outer.get_base_layer() if isinstance(outer, AdapterPart) else outer
+    weight = getattr(base, _last(name))
+    if weight.ndim not in _DIMENSIONS:
+        raise TargetError(
+            f"parameter '{name}' has shape {tuple(weight.shape)}; target_parameters takes matrices and stacks of them"
+        )
+    if weight.dtype not in _DTYPES:
+        raise TargetError(
+            f"parameter '{name}' is {weight.dtype}, to which no update can be added; load the model in bfloat16"
+        )
+    inner = next((child for child, module in base.named_modules() if child and host_of(module) is not None), None)
+    if inner is not None:  # its name in files would change with the part around it
+        raise TargetError(
+            f"parameter '{name}' belongs to a module with layers in it, such as '{inner}'; name those in "
+            "target_modules instead"
+        )
+
+
+def _check_others(root: nn.Module, chosen: Sequence[str]) -> None:
+    taken = set(parameter_names(root).values())
+    if taken and taken != set(chosen):
+        odd = min(taken ^ set(chosen))
+        raise ConfigError(
+            f"all adapters with target_parameters must have the same ones, but '{odd}' is only in "
+            f"{'the others' if odd in taken else 'the new one'}: their places in files depend on each other"
+        )

@@ -5,12 +5,13 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from smartinit.adapters.experts import add_parameter_layers
+from smartinit.adapters.experts import ParameterLora, add_parameter_layers
 from smartinit.adapters.kinds import wrap
 from smartinit.adapters.layer import LoraLayer
 from smartinit.adapters.part import AdapterPart
 from smartinit.adapters.saved_modules import add_saved_modules
 from smartinit.adapters.trained_tokens import add_trained_tokens
+from smartinit.errors import TargetError
 from smartinit.targets.patterns import alpha_for, rank_for
 from smartinit.targets.select import select_targets
 from smartinit.targets.weight import ALL_HOSTS
@@ -43,7 +44,7 @@ def inject(root: nn.Module, adapter_name: str, config: LoraConfig, *, device: to
         ConfigError: a combination that cannot be.
     """
     try:
-        if config.target_modules is not None or not config.target_parameters:
+        if config.target_modules or not config.target_parameters:  # PEFT's users write target_modules=[] with them
             _add_lora_layers(root, adapter_name, config, device)
         add_parameter_layers(root, adapter_name, config, device=device)
         add_saved_modules(root, adapter_name, config, device=device)
@@ -80,10 +81,16 @@ def bare(root: nn.Module) -> Iterator[None]:
 
 
 def _add_lora_layers(root: nn.Module, adapter_name: str, config: LoraConfig, device: torch.device | str | None) -> None:
+    layers = config.copy()
+    layers.target_parameters = layers.layer_replication = None  # seen to by others
     with bare(root):
-        names = [target.name for target in select_targets(root, config, hosts=ALL_HOSTS)]
+        names = [target.name for target in select_targets(root, layers, hosts=ALL_HOSTS)]
     for name in names:
         module = root.get_submodule(name)
+        if isinstance(module, ParameterLora):
+            raise TargetError(
+                f"'{name}' has an adapter on its parameter '{module.parameter_name}': use target_parameters"
+            )
         layer = module if isinstance(module, LoraLayer) else wrap(name, module)
         layer.train(module.training)
         layer.update_layer(adapter_name, rank_for(config, name), alpha_for(config, name), config, device=device)
