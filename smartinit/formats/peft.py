@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,15 +26,15 @@ from smartinit.errors import (
 )
 from smartinit.formats.files import write_file
 from smartinit.formats.patterns import compact_patterns, exact_target_modules
-from smartinit.formats.tensors import read_tensors, stored_tensors
+from smartinit.formats.tensors import open_tensors, read_tensors, stored_tensors
+from smartinit.planning.plan import Plan
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from smartinit.factors import Factors
     from smartinit.formats.tensors import Form, StoredTensors
-    from smartinit.planning.plan import Plan
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -91,6 +92,8 @@ def adapter_config(
     *,
     base_model_name_or_path: str | None = None,
     other_modules: Iterable[str] | None = None,
+    parameters: Mapping[str, str] | None = None,
+    complete: bool = False,
 ) -> dict[str, object]:
     """The content of ``adapter_config.json``; targets of rank 0 appear nowhere in it.
 
@@ -99,6 +102,8 @@ def adapter_config(
         plan: ranks and alphas.
         base_model_name_or_path: overrides the configuration's.
         other_modules: names of all modules of the model, if known: see `exact_target_modules`.
+        parameters: names in the plan that are bare parameters (``target_parameters``) -> the parameter's full name.
+        complete: whether everything that the configuration trains is in the folder, and not only LoRA's matrices.
 
     Raises:
         ConfigError: every target has rank 0.
@@ -106,21 +111,27 @@ def adapter_config(
     Warns:
         UserWarning: the configuration trains whole modules, whose weights are not in the folder.
     """
-    for option in _NEED_TENSORS:
+    for option in () if complete else _NEED_TENSORS:
         if getattr(config, option):
             warnings.warn(
                 f"{option}={getattr(config, option)!r} is left out of {CONFIG_FILE}, because a loader would look for "
                 f"those weights in the folder; give {option} to the trainer",
                 stacklevel=3,
             )
-    patterns = compact_patterns(plan)
-    targets = [name for name, rank in plan.ranks.items() if rank > 0]
-    modules = [*plan.ranks, *(other_modules or ())]
+    full = {name: (parameters or {}).get(name, name) for name in plan.ranks}
+    patterns = compact_patterns(
+        Plan(
+            {full[name]: rank for name, rank in plan.ranks.items()},
+            {full[name]: alpha for name, alpha in plan.alphas.items()},
+        )
+    )
+    targets = [name for name, rank in plan.ranks.items() if rank > 0 and name == full[name]]
+    modules = [*(name for name in plan.ranks if name == full[name]), *(other_modules or ())]
     return (
         _PLAIN_LORA
         | {key: value for key, value in config.to_dict().items() if key not in (*config.extra, *OWN_FIELDS)}
         | _SPENT
-        | dict.fromkeys(_NEED_TENSORS)
+        | ({} if complete else dict.fromkeys(_NEED_TENSORS))
         | {
             "alpha_pattern": patterns.alpha_pattern,
             "base_model_name_or_path": base_model_name_or_path or config.base_model_name_or_path,
@@ -143,9 +154,11 @@ def write_adapter(
     factors: Mapping[str, Factors],
     *,
     base_model_name_or_path: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     other_modules: Iterable[str] | None = None,
     forms: Mapping[str, Form] | None = None,
+    parameters: Mapping[str, str] | None = None,
+    others: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write the two files that PEFT loads, each in one step; the folder is made, other files in it stay.
 
@@ -155,9 +168,12 @@ def write_adapter(
         plan: ranks and alphas.
         factors: module name -> factors; those of rank 0 are left out.
         base_model_name_or_path: overrides the configuration's.
-        dtype: of the tensors in the file.
+        dtype: of the matrices in the file; None: what each of them has.
         other_modules: names of all modules of the model, if known: see `exact_target_modules`.
         forms: module name -> form in the file, for convolutions and embeddings.
+        parameters: as of `adapter_config`.
+        others: everything else that the configuration trains (modules, tokens, biases) by its key in the file. None:
+            it is not at hand, and the file does not speak of it.
 
     Raises:
         ConfigError: every target has rank 0; or the factors do not go with the plan.
@@ -171,8 +187,18 @@ def write_adapter(
             f"the plan and the factors name different layers, for instance '{min(planned ^ given)}'; both must "
             "come from one computation"
         )
-    content = adapter_config(config, plan, base_model_name_or_path=base_model_name_or_path, other_modules=other_modules)
-    write_files(folder, content, stored_tensors(factors, dtype=dtype, forms=forms))
+    content = adapter_config(
+        config,
+        plan,
+        base_model_name_or_path=base_model_name_or_path,
+        other_modules=other_modules,
+        parameters=parameters,
+        complete=others is not None,
+    )
+    tensors = stored_tensors(factors, dtype=dtype, forms=forms)
+    for key, tensor in (others or {}).items():  # each with memory of its own: files cannot share it
+        tensors[key] = tensor.detach().to(device="cpu", copy=True).contiguous()
+    write_files(folder, content, tensors)
 
 
 def write_files(folder: str | os.PathLike[str], config: Mapping[str, object], tensors: dict[str, torch.Tensor]) -> None:
@@ -193,6 +219,8 @@ def write_files(folder: str | os.PathLike[str], config: Mapping[str, object], te
 def read_adapter(folder: str | os.PathLike[str], *, allow_others: bool = False) -> StoredAdapter:
     """Read an adapter folder of PEFT, this package's or anyone's; nothing in it is trusted, nothing is unpickled.
 
+    The tensors are windows into the file (see `open_tensors`): copy what is to be kept.
+
     Args:
         folder: the adapter folder.
         allow_others: also take what is no LoRA matrix: biases, modules_to_save, trained tokens.
@@ -203,8 +231,10 @@ def read_adapter(folder: str | os.PathLike[str], *, allow_others: bool = False) 
     """
     path = Path(folder)
     config = read_config(path, read_file(path / CONFIG_FILE))
-    content = read_file(path / TENSOR_FILE)
-    stored = read_tensors(path / TENSOR_FILE, content) if allow_others else read_factors(path, content)
+    with _named_errors(path / TENSOR_FILE):
+        stored = open_tensors(path / TENSOR_FILE)
+    if not allow_others:
+        _require_no_others(path / TENSOR_FILE, stored)
     return StoredAdapter(path, config, stored.factors, stored.forms, stored.others)
 
 
@@ -215,10 +245,17 @@ def read_file(path: Path) -> bytes:
         MissingFileError: the folder is missing.
         ArtefactError: the file is missing or cannot be read.
     """
+    with _named_errors(path):
+        return path.read_bytes()
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """Inside, a file of an adapter folder is read."""
     if not path.parent.is_dir():
         raise MissingFileError(f"there is no folder '{path.parent}'; name a folder with {CONFIG_FILE} in it")
     try:
-        return path.read_bytes()
+        yield
     except FileNotFoundError as error:
         pickled = path.with_suffix(".bin")
         if path.name == TENSOR_FILE and pickled.is_file():
@@ -270,9 +307,13 @@ def read_factors(folder: Path, content: bytes) -> StoredTensors:
     """
     path = folder / TENSOR_FILE
     stored = read_tensors(path, content)
+    _require_no_others(path, stored)
+    return stored
+
+
+def _require_no_others(path: Path, stored: StoredTensors) -> None:
     for key, tensor in stored.others.items():
         raise ArtefactError(
             f"'{path}' holds '{key}' of shape {tuple(tensor.shape)} and {tensor.dtype}; expected only matrices named "
             "...lora_A.weight, ...lora_B.weight and the like"
         )
-    return stored

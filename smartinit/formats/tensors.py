@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 
 from smartinit.errors import ArtefactError, ConfigError, VerificationError
@@ -33,6 +33,7 @@ Kind = Literal["linear", "conv1d", "convolution", "embedding"]
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 _MAGNITUDE = ".lora_magnitude_vector"
+_BROKEN = (SafetensorError, ValueError, KeyError, RuntimeError)  # what safetensors raises for broken files
 _PART = {_A: "a", _B: "b", _EMBEDDING_A: "a", _EMBEDDING_B: "b", _MAGNITUDE: "magnitude"}
 
 
@@ -110,8 +111,34 @@ def read_tensors(path: Path, content: bytes) -> StoredTensors:
     """
     try:
         tensors = load_tensors(content)
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+    except _BROKEN as error:
         raise ArtefactError(f"'{path}' is no readable safetensors file ({error}); it is broken or truncated") from error
+    return sorted_tensors(path, tensors)
+
+
+def open_tensors(path: Path) -> StoredTensors:
+    """As `read_tensors`, but the tensors are windows into the file: nothing is in memory before it is looked at.
+
+    Copy what is to be kept: in-place changes of the file by others would show, and cutting it short ends the process.
+
+    Raises:
+        OSError: it cannot be read.
+        ArtefactError: as of `read_tensors`.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.offset_keys()}
+    except _BROKEN as error:
+        raise ArtefactError(f"'{path}' is no readable safetensors file ({error}); it is broken or truncated") from error
+    return sorted_tensors(path, tensors)
+
+
+def sorted_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> StoredTensors:
+    """The tensors of a file by what they are; ``path`` is for the errors.
+
+    Raises:
+        ArtefactError: a matrix without its partner, or of a shape that no layer has; no matrices at all.
+    """
     layers: dict[str, dict[str, torch.Tensor]] = {}
     others: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
