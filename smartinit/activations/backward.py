@@ -83,7 +83,7 @@ class BackwardCapture:
 
     Args:
         model: what ``loss`` is called with.
-        targets: linear layers, Conv1D, Conv2d, Embedding.
+        targets: linear layers, Conv1D, convolutions, Embedding.
         sketches: one by target name.
         loss: ``(model, batch)`` to a scalar tensor.
         autocast: precision of the forward pass; None: the model's own.
@@ -291,7 +291,7 @@ class _BadBatchError(Exception):
 def _as_matrix_product(module: nn.Module, layer_input: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Rows x and δ with ``∂loss/∂W = δᵀ x``, W being ``(out, in)``: any layer as a linear one.
 
-    An embedding's rows are one-hot, given as indices; a convolution's are its patches, ``in·kh·kw`` wide.
+    An embedding's rows are one-hot, given as indices; a convolution's are its patches, ``in·∏ kernel`` wide.
     """
     if isinstance(module, nn.Embedding):
         index, deltas = layer_input.reshape(-1), flatten_rows(gradient)
@@ -299,12 +299,17 @@ def _as_matrix_product(module: nn.Module, layer_input: Tensor, gradient: Tensor)
             kept = index != module.padding_idx
             index, deltas = index[kept], deltas[kept]
         return index, deltas
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         if module.groups != 1:
             raise ConfigError(f"a convolution with groups={module.groups} is no single matrix product")
         padding = module._reversed_padding_repeated_twice  # noqa: SLF001 - numbers, whatever 'same' means here
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        padded = nn.functional.pad(layer_input, list(padding), mode=mode)
-        patches = nn.functional.unfold(padded, module.kernel_size, module.dilation, 0, module.stride)
-        return patches.mT.reshape(-1, patches.shape[1]), gradient.flatten(2).mT.reshape(-1, gradient.shape[1])
+        patches = nn.functional.pad(layer_input, list(padding), mode=mode)
+        for axis, (size, step, gap) in enumerate(
+            zip(module.kernel_size, module.stride, module.dilation, strict=True), 2
+        ):
+            patches = patches.unfold(axis, (size - 1) * gap + 1, step)[..., ::gap]
+        # (batch, in, *places, *kernel): the sizes of a patch come last.
+        patches = patches.movedim(1, gradient.dim() - 1).flatten(gradient.dim() - 1)
+        return patches.reshape(-1, patches.shape[-1]), gradient.movedim(1, -1).reshape(-1, gradient.shape[1])
     return flatten_rows(layer_input), flatten_rows(gradient)

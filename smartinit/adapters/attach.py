@@ -15,7 +15,7 @@ from smartinit.adapters.layer import LoraLayer
 from smartinit.adapters.magnitude import set_magnitude
 from smartinit.adapters.offset import subtract_start
 from smartinit.adapters.rollback import undone_on_error
-from smartinit.adapters.start import Start, forget_start, start_of, starts_of
+from smartinit.adapters.start import OriginalWeight, Start, forget_start, start_of, starts_of
 from smartinit.errors import ArtefactError, ConfigError, UnknownNameError
 from smartinit.formats.patterns import compact_patterns, exact_target_modules
 from smartinit.planning.plan import Plan
@@ -51,10 +51,12 @@ def write_factors(
     ``"splits"`` with ``base="residual"`` takes ``s·B A`` off the weight, as PEFT does: of A and B *as the adapter
     holds them*, rounded, so that base and adapter together are the original weight to its own precision; a weight
     that several layers use gives it up once. From then on the model without its adapter (``disable_adapter()``,
-    ``unload()``) is the residual, not the original. With ``base="offset"`` the weights stay bitwise what they are, the
-    model without its adapter is the original, and the layer subtracts the frozen start: `smartinit.adapters.offset`
-    says how PEFT's layers do. Either way the start is kept as ``layer.start[adapter_name]``. ``"quantises"`` puts
-    `Factors.base` in the weight's place. DoRA's magnitudes become the row norms of the base and ``s·B A`` together.
+    PEFT's ``unload()``) is the residual, not the original. `LoraModel.unload` gives the original back: for that, a copy
+    of every changed weight stays in the host's memory, as large as these weights are, for as long as the layer lives.
+    With ``base="offset"`` the weights stay bitwise what they are, the model without its adapter is the original, and
+    the layer subtracts the frozen start: `smartinit.adapters.offset` says how PEFT's layers do. Either way the start is
+    kept as ``layer.start[adapter_name]``. ``"quantises"`` puts `Factors.base` in the weight's place. DoRA's magnitudes
+    become the row norms of the base and ``s·B A`` together.
 
     Args:
         model: a `LoraModel`, a ``peft.PeftModel``, or a model in which PEFT injected layers.
@@ -72,8 +74,9 @@ def write_factors(
             cannot hold the result (float16).
         UnknownNameError: there is no such adapter, or no such layer.
         ArtefactError: a matrix does not fit its layer, is not finite there, or has another rank than the plan says.
-        ConfigError: plan and adapter differ in ``use_rslora``; no layer would be left; a changed base weight would
-            change what other layers or adapters compute; the base was split already; DoRA with ``base="offset"``.
+        ConfigError: plan and adapter differ in ``use_rslora``; no layer would be left; an adapter is merged; a changed
+            base weight would change what other layers or adapters compute; the base was split already; DoRA with
+            ``base="offset"``.
     """
     host = find_host(model)
     config = host.config(adapter_name)
@@ -83,6 +86,7 @@ def write_factors(
             f"use_rslora={config.use_rslora}; make both the same"
         )
     layers = host.layers(adapter_name)
+    _refuse_merged(layers)
     layer_of = match_names(plan.ranks, layers)
     _check_names(host, plan, layer_of, adapter_name)
     written = {
@@ -107,7 +111,7 @@ def write_factors(
         for name in unplanned:
             _reset(layers[name], adapter_name, start)
         for group in changes:
-            _change_base(group[0], adapter_name, copies)
+            _change_base(group, adapter_name, copies)
         for layer_name in (*written, *unplanned):
             one = written.get(layer_name)
             set_magnitude(layers[layer_name], adapter_name, one.factors.magnitude if one else None)
@@ -119,6 +123,17 @@ def write_factors(
             stacklevel=3,  # the caller of `Artefact.apply` or `initialize_lora_eva_weights`
         )
     return model
+
+
+def _refuse_merged(layers: Mapping[str, nn.Module]) -> None:
+    """What a base weight is cannot be told while adapters are in it, and unmerging would undo what is written."""
+    for name, layer in layers.items():
+        merged: Any = getattr(layer, "merged_adapters", ())
+        if merged:
+            raise ConfigError(
+                f"adapter {', '.join(merged)} is merged into the base weight of '{name}': call unmerge_adapter() "
+                "before a start is written"
+            )
 
 
 def _check_names(host: Host, plan: Plan, layer_of: Mapping[str, str], adapter_name: str) -> None:
@@ -150,8 +165,8 @@ def _checked(
     module = layer.get_base_layer()
     if host_of(module) is None:
         raise ArtefactError(
-            f"layer '{layer_name}' wraps a {type(module).__name__}, which is no linear layer, Conv2d without groups or "
-            "embedding"
+            f"layer '{layer_name}' wraps a {type(module).__name__}, which is no linear layer, convolution without "
+            "groups or embedding"
         )
     target = Target.of(module, layer_name)
     for label, matrix, fits in (
@@ -175,7 +190,7 @@ def _checked(
 
 def _check_convolution(name: str, layer: Any, adapter_name: str, base: nn.Module) -> None:  # noqa: ANN401
     """PEFT's A has the base layer's stride and padding, but no dilation and no padding mode: another product."""
-    if not isinstance(base, torch.nn.Conv2d):
+    if not isinstance(base, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)):
         return
     made = layer.lora_A[adapter_name]
     for field in ("dilation", "padding_mode"):
@@ -222,8 +237,12 @@ def _set_trained(layer: Any, adapter_name: str, trains: Trains) -> None:  # noqa
         layer.frozen_peft_weight_names = others | ({adapter_name: frozen} if frozen else {})
 
 
-def _change_base(one: Written, adapter_name: str, copies: BaseCopies) -> None:
-    copies.keep(one.target.changeable_weight())
+def _change_base(group: tuple[Written, ...], adapter_name: str, copies: BaseCopies) -> None:
+    one = group[0]
+    original = OriginalWeight(copies.keep(one.target.changeable_weight()))
+    for layer in (other.layer for other in group):
+        if isinstance(layer, LoraLayer) and layer.original_weight is None:
+            layer.original_weight = original
     if one.factors.effect == "quantises" and one.factors.base is not None:
         become(one.target, one.factors.base)
         return

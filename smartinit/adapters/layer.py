@@ -9,20 +9,27 @@ base weight in `smartinit.adapters.merging`, batches whose rows have different a
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+import warnings
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
-from smartinit.adapters.dora import Magnitude, decomposed_update
+from smartinit.adapters.dora import BaseNorms, Magnitude, decomposed_update
 from smartinit.adapters.mixed import mixed_update
 from smartinit.adapters.part import AdapterPart
 from smartinit.adapters.start import start_of
+from smartinit.adapters.weight_change import LowRankChange, Shift
 from smartinit.errors import ConfigError
+from smartinit.targets.weight import host_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from typing_extensions import Self
+
+    from smartinit.adapters.start import OriginalWeight
+    from smartinit.adapters.weight_change import WeightChange
     from smartinit.config import LoraConfig
     from smartinit.factors import Trains
 
@@ -40,7 +47,9 @@ class LoraLayer(AdapterPart):
         scaling: adapter -> ``alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilised LoRA (arXiv 2312.03732).
         start: adapter -> `Start`: what its matrices were, if its base was split. With ``base="offset"`` the layer
             subtracts their product: ``h = W x + s·B A x - s₀·B₀ A₀ x``.
+        original_weight: the base weight from before it was split (or quantised) for an adapter; see `Start`.
         trains: adapter -> which of its matrices are trained; the other stays frozen even while it is active.
+        base_norms: row norms of the base weight, for DoRA; see `forget_norms`.
     """
 
     adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_magnitude_vector")
@@ -55,6 +64,8 @@ class LoraLayer(AdapterPart):
         "trains",
         "start",
     )
+    merged_parameter = "weight"
+    """The parameter of the base layer that `get_delta_weight` is for."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
@@ -71,6 +82,8 @@ class LoraLayer(AdapterPart):
         self.lora_bias: dict[str, bool] = {}
         self.trains: dict[str, Trains] = {}
         self.start = nn.ModuleDict()
+        self.original_weight: OriginalWeight | None = None
+        self.base_norms = BaseNorms()
 
     @staticmethod
     def features(base_layer: nn.Module) -> tuple[int, int]:
@@ -116,7 +129,8 @@ class LoraLayer(AdapterPart):
         """
         if r <= 0:
             raise ConfigError(f"the rank of adapter '{adapter_name}' must be at least 1, not {r}")
-        base = self.weight
+        self.check_config(config)
+        base = self._any_tensor()
         # Half precision cannot hold the small updates of A and B: PEFT trains them in float32 as well.
         dtype = base.dtype if base.dtype in (torch.float32, torch.float64) else torch.float32
         where = base.device if device is None else device
@@ -128,7 +142,8 @@ class LoraLayer(AdapterPart):
         self.use_rslora[adapter_name] = bool(config.use_rslora)
         self.trains[adapter_name] = "both"
         self.set_alpha(adapter_name, lora_alpha)
-        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        if config.init_lora_weights is not False:  # new matrices are random; drawn once, they are PEFT's for one seed
+            self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self.use_dora[adapter_name] = bool(config.use_dora)
         if config.use_dora:
             self.lora_magnitude_vector[adapter_name] = Magnitude(self, adapter_name)
@@ -136,6 +151,19 @@ class LoraLayer(AdapterPart):
             modules = getattr(self, part)
             if isinstance(modules, nn.ModuleDict) and adapter_name in modules:
                 modules[adapter_name].train(self.training)
+
+    def check_config(self, config: LoraConfig) -> None:
+        """Refuse, or warn of, options that do not go with this layer.
+
+        Raises:
+            ConfigError: this kind of layer does not have such an option.
+        """
+        if config.lora_bias and self.bias is None:
+            warnings.warn(
+                f"lora_bias=True gives a bias to the adapter of a {type(self.get_base_layer()).__name__} that has "
+                "none itself, so the adapter cannot be merged into it",
+                stacklevel=2,
+            )
 
     def new_matrices(self, adapter_name: str, r: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
         """Make A and B of one adapter, without values."""
@@ -179,10 +207,10 @@ class LoraLayer(AdapterPart):
 
         ``True``: A uniform in ±1/√in (Kaiming with a = √5), B zero. ``"gaussian"``: A normal with deviation 1/r, B
         zero. ``False``: B random too, so that the adapter is not neutral (for tests). The name of a data-driven
-        method: as ``True``; its factors are written later.
+        method: as ``True``; its factors are written later. A bias is zero, with ``False`` uniform in ±1/√r.
         """
         a, b = self.matrices(adapter_name)
-        if init_lora_weights == "gaussian":
+        if isinstance(init_lora_weights, str) and init_lora_weights.lower() == "gaussian":
             nn.init.normal_(a, std=1 / self.r[adapter_name])
         else:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
@@ -191,7 +219,12 @@ class LoraLayer(AdapterPart):
         else:
             nn.init.zeros_(b)
         if self.lora_bias.get(adapter_name):
-            nn.init.zeros_(self.lora_B[adapter_name].bias)  # type: ignore[arg-type]
+            bias: torch.Tensor = self.lora_B[adapter_name].bias  # type: ignore[assignment]
+            if init_lora_weights is False:
+                bound = 1 / math.sqrt(self.r[adapter_name])
+                nn.init.uniform_(bias, -bound, bound)
+            else:
+                nn.init.zeros_(bias)
 
     def set_adapter(self, adapter_names: Sequence[str], *, inference_mode: bool = False) -> None:
         """Make these adapters the active ones and, unless ``inference_mode``, the trainable ones."""
@@ -254,16 +287,25 @@ class LoraLayer(AdapterPart):
         """
         if adapter_name in self.lora_magnitude_vector:
             return decomposed_update(self, adapter_name, x, result)
-        update = self.product(adapter_name, x)
+        update = self.product(adapter_name, self.dropped(adapter_name, x))
         start = start_of(self, adapter_name)
         if start is not None and start.base == "offset":
             # Before the base's output is added: at the start the difference is exactly zero.
             update = update - self.low_rank(x, start.a, start.b, start.scaling)
         return result + update
 
-    def product(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        """``s·(B A x + b)`` of one adapter, with its dropout; b is there with ``lora_bias`` only."""
-        rows = self.lora_dropout[adapter_name](x.to(self.matrices(adapter_name)[0].dtype))
+    def dropped(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        """The input of one adapter: ``x`` in the dtype of its matrices, with its dropout."""
+        rows: torch.Tensor = self.lora_dropout[adapter_name](x.to(self.matrices(adapter_name)[0].dtype))
+        return rows
+
+    def drops(self, adapter_name: str) -> bool:
+        """Whether dropout changes the input of one adapter now."""
+        dropout = self.lora_dropout[adapter_name]
+        return isinstance(dropout, nn.Dropout) and dropout.training
+
+    def product(self, adapter_name: str, rows: torch.Tensor) -> torch.Tensor:
+        """``s·(B A x + b)`` of one adapter for what `dropped` gave; b is there with ``lora_bias`` only."""
         inner: torch.Tensor = self.lora_A[adapter_name](rows)
         scaling = self.scaling[adapter_name]
         if self.lora_bias[adapter_name]:
@@ -272,18 +314,112 @@ class LoraLayer(AdapterPart):
             product = self.lora_B[adapter_name](inner * scaling)
         return product
 
+    def base_product(self, x: torch.Tensor) -> torch.Tensor:
+        """``W x`` as the base layer computes it, without its bias."""
+        raise NotImplementedError
+
+    def weight_matrix(self) -> torch.Tensor:
+        """``W (out, in)``: a view of the base weight, or what a quantised one stands for."""
+        raise NotImplementedError
+
+    def magnitude_shape(self) -> tuple[int, ...]:
+        """The shape of a magnitude, which broadcasts against the layer's output: ``(out,)``."""
+        return (self.out_features,)
+
+    def stored_tensor(self) -> torch.Tensor | None:
+        """The tensor whose change means that `weight_matrix` has changed; None: no single one."""
+        weight = getattr(self.get_base_layer(), "weight", None)
+        return weight if isinstance(weight, torch.Tensor) else None
+
+    def forget_norms(self) -> None:
+        """Compute the base weight's row norms anew when DoRA needs them next.
+
+        To be called after writing to the base weight through ``.data``, which leaves no trace; every other way of
+        changing it is noticed.
+        """
+        self.base_norms.forget()
+
+    def train(self, mode: bool = True) -> Self:
+        """As of every module; a switch of the mode makes the layer look at its base weight anew."""
+        if mode != self.training:
+            self.forget_norms()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """As of every module: after ``to`` or ``half`` the base weight is another one."""
+        self.forget_norms()
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _any_tensor(self) -> torch.Tensor:
+        """One that says where the base layer lies, and in which dtype."""
+        weight = self.stored_tensor()
+        if weight is not None:
+            return weight
+        base = self.get_base_layer()
+        return next(iter((*base.parameters(), *base.buffers())))
+
+    @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """``s·B A`` of one adapter, in the shape in which the base layer stores its weight."""
-        raise NotImplementedError
+        """``s·B A`` of one adapter, less its start with ``base="offset"``, in the shape in which the base stores W.
 
-    def merged_weight(self, weight: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """What the stored weight becomes when one adapter is merged into it; a new tensor of its dtype."""
-        raise NotImplementedError
+        Without the magnitude of DoRA, as in PEFT; in the dtype of B, multiplied in at least float32.
 
-    def unmerge(self) -> None:
-        """Give the base layer its original weight back, bit for bit; nothing if nothing is merged."""
-        if self.merged_adapters:
-            raise NotImplementedError
+        Cost: ``2·r·out·in``.
+        """
+        left, right = self.delta_factors(adapter_name)
+        kept = self.matrices(adapter_name)[1].dtype
+        wide = torch.promote_types(kept, torch.float32)
+        delta = (left.to(wide) @ right.to(wide)).to(kept)
+        stored = getattr(self.get_base_layer(), self.merged_parameter, None)  # that of a packed weight is no guide
+        return delta.reshape(stored.shape) if stored is not None and stored.numel() == delta.numel() else delta
+
+    def changes(self, adapter_name: str) -> list[WeightChange]:
+        """What merging one adapter does to the base layer: its weight, and with ``lora_bias`` its bias.
+
+        Raises:
+            ConfigError: the adapter has a bias and the base layer has none; the base layer is a grouped convolution.
+        """
+        base = self.get_base_layer()
+        if getattr(base, "groups", 1) != 1:
+            raise ConfigError(f"adapter '{adapter_name}' cannot be merged into a convolution with groups={base.groups}")
+        left, right = self.delta_factors(adapter_name)
+        magnitude = None
+        if adapter_name in self.lora_magnitude_vector:
+            magnitude = cast("torch.Tensor", self.lora_magnitude_vector[adapter_name].weight).detach()
+        columns = host_of(base) in ("conv1d", "embedding")
+        found: list[WeightChange] = [
+            LowRankChange(base, self.merged_parameter, adapter_name, left, right, magnitude, columns)
+        ]
+        if self.lora_bias.get(adapter_name):
+            if getattr(base, "bias", None) is None:
+                raise ConfigError(
+                    f"adapter '{adapter_name}' has a bias (lora_bias=True), but the {type(base).__name__} that it is "
+                    "on has none to merge it into; use the adapter unmerged, or train it with lora_bias=False"
+                )
+            bias = cast("torch.Tensor", self.lora_B[adapter_name].bias).detach()
+            found.append(Shift(base, "bias", adapter_name, bias.double() * self.scaling[adapter_name]))
+        return found
+
+    @torch.no_grad()
+    def delta_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """``left, right`` whose product is the delta, see `stored_factors`; ``s`` is in ``left``, which is wider.
+
+        With ``base="offset"`` both have the start at their ends, so that one product gives the difference.
+        """
+        left, right = self.stored_factors(*self.matrices(adapter_name))
+        wide = torch.float32 if left.device.type == "mps" else torch.float64
+        left, right = left.to(wide) * self.scaling[adapter_name], right.to(wide)
+        start = start_of(self, adapter_name)
+        if start is not None and start.base == "offset":
+            first, second = self.stored_factors(start.a, start.b)
+            left = torch.cat([left, first.to(left) * -start.scaling], dim=-1)
+            right = torch.cat([right, second.to(right)], dim=-2)
+        return left, right
+
+    def stored_factors(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``b a`` as ``left (rows, r) @ right (r, columns)`` in the order of the stored weight's dimensions."""
+        a, b = a.detach().flatten(1), b.detach().flatten(1)
+        return (a.T, b.T) if host_of(self.get_base_layer()) in ("conv1d", "embedding") else (b, a)
 
     def low_rank(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
         """``s·b a x`` as this kind of layer multiplies: see `smartinit.adapters.kinds.low_rank_product`."""

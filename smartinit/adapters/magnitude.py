@@ -1,4 +1,4 @@
-"""DoRA's magnitudes of PEFT's layers: the row norms that an adapter starts from (arXiv 2402.09353, eq. 5)."""
+"""Setting DoRA's magnitudes, of this package's layers and of PEFT's (arXiv 2402.09353, eq. 5)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from smartinit.adapters.dora import Magnitude
 from smartinit.adapters.host import factor_parameters
 
 if TYPE_CHECKING:
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 def set_magnitude(layer: nn.Module, adapter_name: str, given: torch.Tensor | None = None) -> None:
     """Set ``m = ‖W + s·B A‖`` (by rows) of what base layer and adapter hold now; nothing where there is no DoRA.
 
-    Computed by PEFT's layer itself, which divides by the same norm in its forward pass: the quotient is then exactly
-    one, and the layer computes what it would without DoRA. The parameter stays the same object.
+    Computed by the layer itself, which divides by the same norm in its forward pass: the quotient is then exactly one,
+    and the layer computes what it would without DoRA. The parameter stays the same object.
 
     Args:
         layer: a LoRA layer.
@@ -33,6 +34,9 @@ def set_magnitude(layer: nn.Module, adapter_name: str, given: torch.Tensor | Non
         kept.copy_(given.reshape(kept.shape))
         return
     of: Any = layer
+    if isinstance(made, Magnitude):
+        made.reset(of, adapter_name)
+        return
     a, b = factor_parameters(layer, adapter_name)
     try:
         made.update_layer(

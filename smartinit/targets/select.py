@@ -194,7 +194,7 @@ def _why_not(module: nn.Module, hosts: Hosts) -> str:
         return "an embedding, whose input is numbers of tokens and no activations"
     if isinstance(module, _NAMED) and "convolution" not in hosts:
         return "a convolution"
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return f"a convolution with groups={module.groups}"
     return f"a {type(module).__name__}, which is another kind"
 

@@ -20,7 +20,7 @@ Storage = tuple[int, torch.Size, tuple[int, ...]]
 """Where a weight lies: address, shape, strides."""
 
 _TRANSPOSED: Hosts = frozenset({"conv1d", "embedding"})
-_DIMENSIONS = {"linear": 2, "conv1d": 2, "convolution": 4, "embedding": 2}
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def host_of(module: nn.Module) -> Host | None:
@@ -29,13 +29,14 @@ def host_of(module: nn.Module) -> Host | None:
     - linear: ``nn.Linear`` and its subclasses, and the classes with "Linear" in their name that have ``in_features``
       and ``out_features``, which is how quantisation libraries write theirs; ``W`` is the weight.
     - conv1d: transformers' class (by name, so that transformers is not imported); ``W`` is the weight transposed.
-    - conv2d: ``nn.Conv2d`` without groups; ``W`` is the weight ``(out, in, kh, kw)`` as ``(out, in·kh·kw)``.
+    - convolution: ``nn.Conv1d``, ``Conv2d``, ``Conv3d`` without groups; ``W`` is the weight ``(out, in, *kernel)`` as
+      ``(out, in·∏ kernel)``.
     - embedding: ``nn.Embedding``, which multiplies one-hot rows; ``W (embedding_dim, num_embeddings)`` is the weight
       transposed. One with ``max_norm`` rewrites its own weight when it is called, and is none of these.
     """
     if isinstance(module, nn.Linear):
         return "linear"
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, _CONVOLUTIONS):
         return "convolution" if module.groups == 1 else None
     if isinstance(module, nn.Embedding):
         return "embedding" if module.max_norm is None else None
@@ -52,10 +53,13 @@ def host_of(module: nn.Module) -> Host | None:
 def _stored_weight(module: nn.Module, host: Host) -> torch.Tensor | None:
     """The stored weight if it is an ordinary tensor of numbers; None if it is packed, sharded or elsewhere."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.dim() != _DIMENSIONS[host] or weight.is_meta:
+    dimensions = 2 + len(cast("tuple[int, ...]", module.kernel_size)) if host == "convolution" else 2
+    if not isinstance(weight, torch.Tensor) or weight.dim() != dimensions or weight.is_meta:
         return None
-    # float8 comes with a scale of its own; a tensor subclass (torchao, DTensor) keeps its numbers in its own way.
+    # float8 comes with a scale of its own; a tensor subclass (torchao, DTensor) keeps its numbers in its own way, and
+    # bitsandbytes' parameters may lie in a floating-point tensor while they are four-bit codes.
     ordinary = weight.is_floating_point() and weight.element_size() > 1 and type(weight.data) is torch.Tensor
+    ordinary = ordinary and getattr(weight, "quant_state", None) is None
     return weight.detach() if ordinary else None
 
 
@@ -91,8 +95,8 @@ class Target:
         host = host_of(module)
         if host is None:
             raise ModelError(
-                f"'{name}' is a {type(module).__name__}: expected a linear layer, a Conv1D, a Conv2d without groups or "
-                "an Embedding without max_norm"
+                f"'{name}' is a {type(module).__name__}: expected a linear layer, a Conv1D, a convolution without "
+                "groups or an Embedding without max_norm"
             )
         stored = _stored_weight(module, host)
         # The module's own word counts only where the weight cannot tell: pruning leaves it outdated.

@@ -159,17 +159,19 @@ def test_modules_that_share_a_weight_get_the_gradient_of_their_own_use(seed):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("kind", "size", "options"),
     [
-        {},
-        {"stride": 2, "padding": 1},
-        {"padding": "same", "dilation": 2},
-        {"padding": (2, 1), "padding_mode": "circular", "kernel_size": (3, 2)},
+        (nn.Conv2d, (9, 8), {}),
+        (nn.Conv2d, (9, 8), {"stride": 2, "padding": 1}),
+        (nn.Conv2d, (9, 8), {"padding": "same", "dilation": 2}),
+        (nn.Conv2d, (9, 8), {"padding": (2, 1), "padding_mode": "circular", "kernel_size": (3, 2)}),
+        (nn.Conv1d, (9,), {"stride": 2, "dilation": 2, "padding": 1}),
+        (nn.Conv3d, (4, 5, 6), {"kernel_size": (2, 3, 1), "stride": (1, 2, 3), "padding": (1, 0, 2)}),
     ],
 )
-def test_a_convolution_is_a_product_with_its_patches(seed, options):
-    model = nn.Sequential(nn.Conv2d(3, 5, **{"kernel_size": 3, **options}), nn.Tanh())
-    x = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(seed))
+def test_a_convolution_is_a_product_with_its_patches(seed, kind, size, options):
+    model = nn.Sequential(kind(3, 5, **{"kernel_size": 3, **options}), nn.Tanh())
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))
     expected = mean_gradients(model, [{"x": x.double()}], squares)["0.weight"]
     with capture_of(model, targets_of(model, "0")) as capture:
         capture.run({"x": x})

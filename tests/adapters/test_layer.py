@@ -262,7 +262,9 @@ def test_the_default_start_of_an_embedding_is_pefts() -> None:
     assert b.std().item() == pytest.approx(1, rel=0.2)
 
 
-@pytest.mark.parametrize("module", [nn.Conv2d(4, 4, 1, groups=2), nn.Conv1d(4, 4, 1), nn.LayerNorm(4)])
+@pytest.mark.parametrize(
+    "module", [nn.Conv2d(4, 4, 1, groups=2), nn.ConvTranspose1d(4, 4, 1), nn.MultiheadAttention(4, 2), nn.LayerNorm(4)]
+)
 def test_other_modules_are_refused(module: nn.Module) -> None:
     with pytest.raises(ConfigError, match=f"'x' is a {type(module).__name__}; adapters exist for"):
         wrap("x", module)

@@ -401,7 +401,7 @@ def test_adapters_of_other_kinds_when_they_are_asked_for(peft, wrap):
     ("module", "reason"),
     [
         (nn.Conv2d(4, 4, 1, groups=2), "a convolution with groups=2"),
-        (nn.Conv1d(4, 4, 1), "a Conv1d, which is another kind"),
+        (nn.Conv1d(4, 4, 1, groups=4), "a convolution with groups=4"),
         (nn.Embedding(8, 4, max_norm=1.0), "an embedding with max_norm"),
         (nn.LayerNorm(4), "a LayerNorm"),
     ],

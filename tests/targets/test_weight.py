@@ -53,6 +53,29 @@ def test_a_convolution_multiplies_patches_by_its_matrix(kind):
     torch.testing.assert_close(target.weight() @ patches, expected)
 
 
+@pytest.mark.parametrize(("kind", "size"), [(nn.Conv1d, (9,)), (nn.Conv3d, (5, 6, 7))])
+def test_a_convolution_of_any_dimensions_has_a_matrix(kind, size, seed):
+    torch.manual_seed(seed)
+    layer = kind(4, 5, 3, bias=False)
+    target = Target.of(layer, "conv")
+    assert (target.host, target.shape) == ("convolution", (5, 4 * 3 ** len(size)))
+    assert target.stored_shape == layer.weight.shape
+    patch = torch.randn(1, 4, *size)[..., :3][(slice(None), slice(None), *(slice(3) for _ in size))]
+    torch.testing.assert_close(target.weight() @ patch.flatten(), layer(patch).flatten())
+    before, delta = target.weight().clone(), torch.randn(target.shape)
+    target.subtract_(delta)
+    torch.testing.assert_close(layer.weight.flatten(1), before - delta)
+    assert Target.of(kind(4, 5, 3, device="meta"), "conv").shape == target.shape
+
+
+def test_four_bit_codes_in_a_floating_point_tensor_are_no_weight():
+    layer = nn.Linear(6, 4)
+    layer.weight = nn.Parameter(torch.zeros(12, 1, dtype=torch.bfloat16), requires_grad=False)
+    layer.weight.quant_state = object()
+    assert Target.of(layer, "fc").shape == (4, 6)
+    assert not Target.of(layer, "fc").is_readable
+
+
 def test_an_embedding_multiplies_one_hot_columns_by_its_matrix():
     layer = nn.Embedding(7, 4, padding_idx=0)
     target = Target.of(layer, "embed")
@@ -239,8 +262,9 @@ def test_a_pruned_layer_has_the_shape_of_its_weight():
     "module",
     [
         nn.Embedding(4, 3, max_norm=1.0),
-        nn.Conv1d(3, 5, 1),
+        nn.Conv1d(4, 4, 1, groups=4),
         nn.Conv2d(4, 4, 1, groups=2),
+        nn.ConvTranspose2d(4, 4, 1),
         nn.LayerNorm(3),
         nn.Bilinear(2, 3, 4),
         nn.MultiheadAttention(4, 2),
@@ -249,7 +273,8 @@ def test_a_pruned_layer_has_the_shape_of_its_weight():
 def test_other_modules_are_no_targets(module):
     assert host_of(module) is None
     with pytest.raises(
-        ModelError, match=r"'x' is a .*: expected a linear layer, a Conv1D, a Conv2d without groups or an Embedding"
+        ModelError,
+        match=r"'x' is a .*: expected a linear layer, a Conv1D, a convolution without groups or an Embedding",
     ):
         Target.of(module, "x")
 
