@@ -12,6 +12,7 @@ from smartinit.adapters.base_bias import check_biases, trained_biases
 from smartinit.adapters.injection import drop, inject, parts_of_model, unwrap
 from smartinit.adapters.layer import LoraLayer
 from smartinit.adapters.mixed import rows_with_adapters
+from smartinit.adapters.restoring import restore_base
 from smartinit.adapters.training import (
     CHECKPOINTING_SWITCHES,
     unshare_tied,
@@ -211,9 +212,11 @@ class AdaptedModel(nn.Module):
         """The wrapped model with its own modules back in place and trainable as it was; adapters are dropped.
 
         Its weights are the original ones: adapters that are merged are taken out first, and a base that was split
-        (`Artefact.apply`) gets its start back.
+        (`Artefact.apply`) gets back what it was, bit for bit, from a copy in the host's memory. A base that was loaded
+        as a residual, by `from_pretrained`, has no such copy: the start is added to it in float64, and the result is
+        the original to two roundings.
         """
-        merging.restore_base(self.model, self.peft_config)
+        restore_base(self.model)
         unwrap(self.model)
         self._restore_layers()
         for parameter in self.model.parameters():
@@ -237,5 +240,7 @@ class AdaptedModel(nn.Module):
             yield
 
     def _disable(self, *, disabled: bool) -> None:
+        if disabled:
+            merging.unmerge_adapters(self.model)
         for part in self.parts().values():
             part.disable_adapters = disabled

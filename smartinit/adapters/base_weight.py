@@ -10,11 +10,12 @@ import torch
 from smartinit.adapters.host import adapters_of, factor_parameters
 from smartinit.adapters.layer import LoraLayer
 from smartinit.adapters.start import start_of
+from smartinit.adapters.weight_change import blocks, wide
 from smartinit.errors import ConfigError, ModelError
 from smartinit.targets.sharing import shared_weights, users_of_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from torch import nn
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from smartinit.factors import Factors
     from smartinit.targets.weight import Target
 
-_BLOCK = 1 << 22  # numbers at a time: the work space does not grow with the layer
 # Two layers that share a weight can give up one product only; what their own factors say may differ by as much.
 _SAME = 1e-3
 # `init_lora_weights` with which PEFT changes the base weight while it makes the adapter.
@@ -127,12 +127,12 @@ def give_up(target: Target, a: torch.Tensor, b: torch.Tensor, scaling: float) ->
         ModelError: ``W`` is not finite, or the difference is not in the stored dtype. ``W`` is then half written.
     """
     stored = target.changeable_weight()
-    wide = _wide(stored)
-    left, right = _in_storage(target, a.to(stored.device, wide), b.to(stored.device, wide))
+    dtype = wide(stored.dtype, stored.device)
+    left, right = _in_storage(target, a.to(stored.device, dtype), b.to(stored.device, dtype))
     left = left * scaling
-    for rows in _blocks(stored):
+    for rows in blocks(stored):
         block = stored[rows]
-        difference = block.flatten(1).to(wide) - left[rows] @ right
+        difference = block.flatten(1).to(dtype) - left[rows] @ right
         _write(target, block, difference)
 
 
@@ -147,7 +147,7 @@ def become(target: Target, weight: torch.Tensor) -> None:
     if tuple(weight.shape) != target.shape:
         raise ModelError(f"'{target.name}' is {target.shape}, but its new base weight is {tuple(weight.shape)}")
     oriented = weight.T if target.is_transposed else weight
-    for rows in _blocks(stored):
+    for rows in blocks(stored):
         _write(target, stored[rows], oriented[rows].to(stored.device))
 
 
@@ -161,19 +161,6 @@ def _write(target: Target, block: torch.Tensor, values: torch.Tensor) -> None:
             f"reaches {values.abs().max():.3g}; load the base model in bfloat16 or float32, {_OTHERWISE}"
         )
     block.copy_(rounded.reshape(block.shape))
-
-
-def _blocks(stored: torch.Tensor) -> Iterator[slice]:
-    """Slices of the first dimension."""
-    step = max(1, _BLOCK // max(1, stored[:1].numel()))
-    return (slice(first, first + step) for first in range(0, stored.shape[0], step))
-
-
-def _wide(stored: torch.Tensor) -> torch.dtype:
-    """Where the difference is taken: with digits to spare, if the device has them."""
-    if stored.dtype in (torch.float32, torch.float64) and stored.device.type != "mps":
-        return torch.float64
-    return torch.float32
 
 
 def _in_storage(target: Target, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

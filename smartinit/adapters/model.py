@@ -11,7 +11,7 @@ from smartinit.adapters.replication import replicate_layers
 from smartinit.adapters.state import adapter_state
 from smartinit.adapters.training import require_input_gradients
 from smartinit.config import LoraConfig
-from smartinit.errors import ModelError
+from smartinit.errors import ArgumentError, ModelError
 from smartinit.formats.tensors import stored_tensors
 
 if TYPE_CHECKING:
@@ -75,14 +75,21 @@ class LoraModel(AdaptedModel):
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Add adapters into the base weights, for inference without their cost; `unmerge_adapter` undoes it.
 
+        Adapters that are merged already stay so, with a warning. A weight that layers with different updates share
+        (tied embeddings, replicated layers) is untied while it is merged, with a warning.
+
         Args:
-            adapter_names: which, in this order; None: the active ones. Those that are merged already stay so.
+            adapter_names: which, in this order; None: the active ones.
             safe_merge: check the new weights for NaN and Inf, and change none of them if there are any.
 
         Raises:
             UnknownNameError: there is no such adapter.
-            ModelError: a weight that cannot be changed, or (``safe_merge``) would not be finite; the model is then as
-                it was.
+            ArgumentError: a string instead of a list of names.
+            ConfigError: an adapter with a bias on a layer without one.
+            ModelError: a weight that cannot be changed (quantised, offloaded), or (``safe_merge``) would not be finite.
+                After any error, Ctrl-C included, the model is as it was.
+
+        Cost: a matrix product per layer, and the host's memory for a copy of every changed weight.
         """
         merging.merge_adapters(self.model, self._merged_names(adapter_names), safe_merge=safe_merge)
 
@@ -93,7 +100,10 @@ class LoraModel(AdaptedModel):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
-        """The wrapped model with adapters in its weights and without adapter parts.
+        """The wrapped model with adapters in its weights and without adapter parts, trainable as it was before.
+
+        Trained copies of whole modules take the originals' places. A weight that is untied (see `merge_adapter`) stays
+        so, and the model's configuration then says ``tie_word_embeddings=False``.
 
         Args:
             progressbar: show one, over layers.
@@ -104,7 +114,7 @@ class LoraModel(AdaptedModel):
             As `merge_adapter`.
         """
         names = self._merged_names(adapter_names)
-        merging.merge_into(self.model, names, safe_merge=safe_merge, progressbar=progressbar)
+        merging.merge_into(self.model, names, safe_merge=safe_merge, progressbar=progressbar, trainable=self._trainable)
         self.peft_config.clear()
         return self.model
 
@@ -243,6 +253,8 @@ class LoraModel(AdaptedModel):
     # -- details ------------------------------------------------------------------------------------------------------
 
     def _merged_names(self, adapter_names: Sequence[str] | None) -> list[str]:
+        if isinstance(adapter_names, str):
+            raise ArgumentError(f"adapter_names={adapter_names!r} is no list of names; write [{adapter_names!r}]")
         names = list(self._active if adapter_names is None else adapter_names)
         for name in names:
             self.config_of(name)

@@ -23,12 +23,14 @@ class BaseCopies:
     def __init__(self) -> None:
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def keep(self, weight: torch.Tensor) -> None:
-        """Copy a weight that is about to be written to.
+    def keep(self, weight: torch.Tensor) -> torch.Tensor:
+        """Copy a weight that is about to be written to, and give the copy.
 
         Adding back what was subtracted would not give the same bits.
         """
-        self._kept.append((weight, weight.detach().to("cpu", copy=True)))
+        values = weight.detach().to("cpu", copy=True)
+        self._kept.append((weight, values))
+        return values
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -63,7 +65,7 @@ class _Snapshot:
     """What one layer keeps per adapter, and the values of one of them."""
 
     # Kept by an instance only once it differs from its class.
-    _NAMES = ("adapter_layer_names", "other_param_names", "frozen_peft_weight_names")
+    _NAMES = ("adapter_layer_names", "other_param_names", "frozen_peft_weight_names", "original_weight")
 
     def __init__(self, layer: Any, adapter_name: str) -> None:  # noqa: ANN401  (a layer of this package or of PEFT)
         self.layer = layer

@@ -64,6 +64,23 @@ class Start(nn.Module):
         return f"rank={self.a.shape[0]}, scaling={self.scaling}, base={self.base!r}"
 
 
+class OriginalWeight:
+    """A base weight as it was before an adapter's start changed it: its bits, in the host's memory, never written to.
+
+    In no state dict, since nobody could load it; copies of a model share it.
+
+    Args:
+        values: the weight as its layer stores it.
+    """
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+
+    def __deepcopy__(self, memo: object) -> OriginalWeight:
+        """The same object."""
+        return self
+
+
 def starts_of(layer: nn.Module) -> nn.ModuleDict:
     """Adapter -> `Start` of a LoRA layer; one of PEFT has none at first."""
     found = layer._modules.get(_PART)  # noqa: SLF001
