@@ -24,7 +24,6 @@ from torch.func import functional_call
 from smartinit.adapters.layer import LoraLayer
 from smartinit.adapters.part import AdapterPart
 from smartinit.adapters.start import start_of
-from smartinit.adapters.weight_change import LowRankChange
 from smartinit.config.checks import closest, require
 from smartinit.errors import ConfigError, TargetError
 from smartinit.targets.patterns import alpha_for, rank_for
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from smartinit.adapters.weight_change import WeightChange
     from smartinit.config import LoraConfig
 
 _DIMENSIONS = (2, 3)
@@ -64,7 +62,7 @@ class ParameterLora(LoraLayer):
     """
 
     def __init__(self, base_layer: nn.Module, parameter_name: str) -> None:
-        self.parameter_name = parameter_name  # `features` reads it
+        self.parameter_name = self.merged_parameter = parameter_name  # `features` reads it
         super().__init__(base_layer)
         self.experts = self.weight.shape[0] if self.weight.ndim == 3 else 1  # noqa: PLR2004 - dimensions
         self.transposed = self._is_transposed(self.get_base_layer())
@@ -93,24 +91,14 @@ class ParameterLora(LoraLayer):
         """``a (E·r, in)`` and ``b (out, r·E)`` expert by expert: views ``(E, r, in)`` and ``(E, out, r)``."""
         return a.unflatten(0, (self.experts, -1)), b.unflatten(1, (-1, self.experts)).permute(2, 0, 1)
 
-    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """``s·B A`` of one adapter in the parameter's shape and the adapter's dtype. O(E·out·in·r)."""
-        left, right = self._product(*self.matrices(adapter_name))
-        return (left @ right * self.scaling[adapter_name]).reshape(self.weight.shape)
+    def stored_tensor(self) -> torch.Tensor:
+        """The parameter."""
+        return self.weight
 
-    @torch.no_grad()
-    def changes(self, adapter_name: str) -> list[WeightChange]:
-        """What merging one adapter does to the parameter; see `smartinit.adapters.part.AdapterPart.changes`."""
-        left, right = self._product(*self.matrices(adapter_name))
-        left = left * self.scaling[adapter_name]
-        start = start_of(self, adapter_name)
-        if start is not None and start.base == "offset":
-            first, second = self._product(start.a, start.b)
-            left, right = torch.cat([left, first * -start.scaling], dim=2), torch.cat([right, second], dim=1)
-        if self.weight.ndim == 2:  # noqa: PLR2004 - dimensions
-            left, right = left[0], right[0]
-        base = self.get_base_layer()
-        return [LowRankChange(base, self.parameter_name, adapter_name, left.detach(), right.detach())]
+    def stored_factors(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``left (E, rows, r)`` and ``right (E, r, columns)``, without E for a parameter of two dimensions."""
+        left, right = self._product(a.detach(), b.detach())
+        return (left, right) if self.weight.ndim == 3 else (left[0], right[0])  # noqa: PLR2004 - dimensions
 
     def adapted_weight(self, adapter_names: Sequence[str]) -> torch.Tensor:
         """``W + s·B A`` with several adapters, differentiable, in the parameter's dtype.

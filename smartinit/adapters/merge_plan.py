@@ -105,9 +105,9 @@ def groups_of(root: nn.Module, slots: Sequence[Slot]) -> list[tuple[list[Slot], 
     for storage, alike in made.items():
         expected = {(id(slot.module), slot.parameter) for group in alike for slot in group}
         others = False
-        for path, module, name, layout, part in users.get(storage[0], ()):
+        for path, module, name, layout, around in users.get(storage[0], ()):
             slot_of = next((s for group in alike for s in group if s.module is module and s.parameter == name), None)
-            if slot_of is not None and part not in slot_of.parts:
+            if slot_of is not None and not any(part in slot_of.parts for part in around):
                 raise ModelError(
                     f"the layer '{slot_of.path}' also stands as '{path}', where it has no such adapter, so merging "
                     "would change what that computes; adapt both alike, or give one of them a layer of its own"
@@ -118,18 +118,17 @@ def groups_of(root: nn.Module, slots: Sequence[Slot]) -> list[tuple[list[Slot], 
     return groups
 
 
-def _users(root: nn.Module) -> dict[int, list[tuple[str, nn.Module, str, Any, AdapterPart | None]]]:
-    """Address of a parameter -> where it is used: path, module, name, layout, and the outermost part around it."""
-    found: dict[int, list[tuple[str, nn.Module, str, Any, AdapterPart | None]]] = {}
+def _users(root: nn.Module) -> dict[int, list[tuple[str, nn.Module, str, Any, list[nn.Module]]]]:
+    """Address of a parameter -> where it is used: path, module, name, layout, and all the parts around it."""
+    found: dict[int, list[tuple[str, nn.Module, str, Any, list[nn.Module]]]] = {}
     modules = dict(root.named_modules(remove_duplicate=False))
     for path, module in modules.items():
-        outer = path
+        outer, around = path, []
         while outer.endswith(_INSIDE) and isinstance(modules[outer.removesuffix(_INSIDE)], AdapterPart):
             outer = outer.removesuffix(_INSIDE)
-        around = modules[outer]
-        part = around if isinstance(around, AdapterPart) else None
+            around.append(modules[outer])
         for name, parameter in module._parameters.items():  # noqa: SLF001 - named_parameters leaves out the repeated
             if parameter is not None and not parameter.is_meta and parameter.numel():
                 layout = storage_of(parameter)
-                found.setdefault(layout[0], []).append((path, module, name, layout, part))
+                found.setdefault(layout[0], []).append((path, module, name, layout, around))
     return found
