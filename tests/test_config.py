@@ -358,7 +358,6 @@ def test_to_peft_without_peft_says_so(monkeypatch):
     [
         {"use_qalora": True},
         {"alora_invocation_tokens": [1, 2]},
-        {"ensure_weight_tying": True},
         {"velora_config": {}},
         {"kasa_config": {}},
         {"arrow_config": {}},

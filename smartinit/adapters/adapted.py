@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from smartinit.adapters import merging
-from smartinit.adapters.base_bias import check_biases, trained_biases
+from smartinit.adapters.base_bias import biases_of, check_biases, drop_biases, show_biases, trained_biases
 from smartinit.adapters.injection import drop, inject, parts_of_model, unwrap
 from smartinit.adapters.layer import LoraLayer
 from smartinit.adapters.mixed import rows_with_adapters
 from smartinit.adapters.restoring import restore_base
+from smartinit.adapters.saved_modules import with_task_heads
 from smartinit.adapters.training import (
     CHECKPOINTING_SWITCHES,
     unshare_tied,
     with_input_gradients,
     with_signature_of,
 )
+from smartinit.adapters.tying import with_ties
 from smartinit.config import LoraConfig
 from smartinit.errors import ConfigError, UnknownNameError
 
@@ -158,6 +160,8 @@ class AdaptedModel(nn.Module):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for name in names:
             self.config_of(name)
+        for part in self.parts().values():
+            part.check_active(names)
         self._active = names
         frozen = inference_mode or (bool(names) and all(self.peft_config[name].inference_mode for name in names))
         for part in self.parts().values():
@@ -165,6 +169,7 @@ class AdaptedModel(nn.Module):
         for name, config in self.peft_config.items():
             for bias in trained_biases(self.model, config, name).values():
                 bias.requires_grad_(name in names and not frozen)
+        self._show_biases()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was the only active one, nothing is active any more.
@@ -178,8 +183,6 @@ class AdaptedModel(nn.Module):
             raise ConfigError(f"adapter '{adapter_name}' is merged into the base weights: call unmerge_adapter() first")
         if len(self.peft_config) == 1:
             raise ConfigError(f"'{adapter_name}' is the only adapter: call unload(), which gives the base model back")
-        for bias in trained_biases(self.model, self.peft_config[adapter_name], adapter_name).values():
-            bias.requires_grad_(False)
         drop(self.model, adapter_name)
         del self.peft_config[adapter_name]
         self.set_adapter([name for name in self._active if name != adapter_name])
@@ -202,9 +205,11 @@ class AdaptedModel(nn.Module):
         finally:
             for part, disabled in before.items():
                 part.disable_adapters = disabled
+            self._show_biases()
 
     def _inject(self, adapter_name: str, config: LoraConfig, *, low_cpu_mem_usage: bool) -> None:
-        check_biases(self.model, config, self.peft_config)
+        check_biases(config, self.peft_config)
+        config = with_ties(self.model, with_task_heads(config))
         inject(self.model, adapter_name, config, device="meta" if low_cpu_mem_usage else None)
         self.peft_config[adapter_name] = config
 
@@ -217,6 +222,7 @@ class AdaptedModel(nn.Module):
         the original to two roundings.
         """
         restore_base(self.model)
+        drop_biases(self.model)
         unwrap(self.model)
         self._restore_layers()
         for parameter in self.model.parameters():
@@ -237,10 +243,33 @@ class AdaptedModel(nn.Module):
             yield
             return
         with rows_with_adapters(self.parts().values(), adapter_names, known=self.peft_config):
-            yield
+            self._show_biases_of_rows(adapter_names)
+            try:
+                yield
+            finally:
+                self._show_biases()
+
+    def _show_biases(self) -> None:
+        """The biases of the adapter that is active or merged, or the model's own."""
+        parts = self.parts().values()
+        merged = [name for part in parts for name in part.merged_adapters]
+        disabled = any(part.disable_adapters for part in parts)
+        show_biases(self.model, [] if disabled else [*self._active, *merged])
+
+    def _show_biases_of_rows(self, adapter_names: Sequence[str]) -> None:
+        used = set(adapter_names)
+        several = [name for name in biases_of(self.model) if name in used and len(used) > 1]
+        if several:
+            raise ConfigError(
+                f"adapter '{several[0]}' trains the model's biases (bias={self.peft_config[several[0]].bias!r}), which "
+                "all rows of a batch share: give it batches of its own"
+            )
+        if not any(part.disable_adapters for part in self.parts().values()):
+            show_biases(self.model, used)
 
     def _disable(self, *, disabled: bool) -> None:
         if disabled:
             merging.unmerge_adapters(self.model)
         for part in self.parts().values():
             part.disable_adapters = disabled
+        self._show_biases()

@@ -1,38 +1,201 @@
-"""The base model's own biases, trained with an adapter: ``bias="all"`` and ``bias="lora_only"``."""
+"""The base model's own biases, trained with an adapter: ``bias="all"`` and ``bias="lora_only"``.
+
+PEFT trains the base model's biases where they are: without the adapter the model is then no longer the base, of which
+it warns. Here the adapter has biases of its own, which stand in the base's places, under the same names, while it is
+active. Without it (another adapter, ``disable_adapter()``, ``unload()``) the model has its originals, the very objects.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import nn
+
+from smartinit.adapters.bare import bare_modules
+from smartinit.adapters.filling import fill_tensors
+from smartinit.adapters.layer import LoraLayer
+from smartinit.adapters.part import AdapterPart
+from smartinit.adapters.saved_modules import SavedModule
+from smartinit.adapters.trained_tokens import TrainedTokens
 from smartinit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     import torch
-    from torch import nn
 
+    from smartinit.adapters.part import BaseBiases
     from smartinit.config import LoraConfig
 
-
-def trained_biases(root: nn.Module, config: LoraConfig, adapter_name: str) -> dict[str, nn.Parameter]:
-    """The biases that one adapter trains, by their keys in PEFT's file without the leading ``base_model.model.``."""
-    del root, adapter_name
-    if config.bias != "none":
-        raise ConfigError(f"bias={config.bias!r} is not supported yet")
-    return {}
+# What PEFT calls the module inside such a part, where it has another name for it.
+_BASE_IN_PEFT: dict[type[AdapterPart], str] = {SavedModule: "original_module", TrainedTokens: "token_adapter.base_layer"}
 
 
-def check_biases(root: nn.Module, config: LoraConfig, configs: Mapping[str, LoraConfig]) -> None:
-    """Biases belong to the base model, so only one adapter can train them.
+@dataclass(eq=False)
+class _Place:
+    """A module's bias: its key, the module, and whichever of the two parameters is not in the module at present."""
+
+    key: str
+    module: nn.Module
+    other: nn.Parameter
+
+
+class TrainedBiases:
+    """The biases that one adapter trains.
+
+    They start as the base model's. A bias that several modules share is one here as well.
+
+    Args:
+        root: the model, with the adapter's parts in it.
+        adapter_name: which adapter.
+        config: its configuration; ``bias="none"`` gives no biases.
+
+    Attributes:
+        installed: whether the model has these biases at present, in place of its own.
+    """
+
+    def __init__(self, root: nn.Module, adapter_name: str, config: LoraConfig) -> None:
+        self.adapter_name = adapter_name
+        self.installed = False
+        self._places: list[_Place] = []
+        if config.bias == "none":
+            return
+        copies: dict[int, nn.Parameter] = {}
+        for key, module, bias in _biases(root, adapter_name, only_lora=config.bias == "lora_only"):
+            made = copies.setdefault(id(bias), nn.Parameter(bias.detach().clone(), requires_grad=False))
+            self._places.append(_Place(key, module, made))
+        if not self._places:
+            where = "layers with this adapter" if config.bias == "lora_only" else "model"
+            raise ConfigError(f"bias={config.bias!r} of adapter '{adapter_name}' has no effect: no bias in the {where}")
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trained biases by their keys in PEFT's file without the leading ``base_model.model.``."""
+        return {place.key: _own(place.module) if self.installed else place.other for place in self._places}
+
+    def originals(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Pairs of a trained bias and the base model's own."""
+        pairs = [(place.other, _own(place.module)) for place in self._places]
+        return [(two, one) for one, two in pairs] if self.installed else pairs
+
+    def install(self, *, installed: bool = True) -> None:
+        """Put these biases in their places, or the model's own back."""
+        if installed == self.installed:
+            return
+        for place in self._places:
+            now = _own(place.module)
+            if (place.other.device, place.other.dtype) != (now.device, now.dtype):  # the model was moved meanwhile
+                place.other.data = place.other.data.to(now.device, now.dtype)
+            place.module._parameters["bias"], place.other = place.other, now  # noqa: SLF001 - the objects themselves
+        self.installed = installed
+
+
+def check_biases(config: LoraConfig, configs: Mapping[str, LoraConfig]) -> None:
+    """A model has one set of biases, so only one of its adapters can train them, as in PEFT.
+
+    Args:
+        config: of the adapter that is to be added.
+        configs: of those that are there, by name.
 
     Raises:
         ConfigError: a second one.
     """
-    del configs
-    trained_biases(root, config, "")
+    others = [name for name, other in configs.items() if other.bias != "none"]
+    if config.bias != "none" and others:
+        raise ConfigError(
+            f"adapter '{others[0]}' trains the model's biases already (bias={configs[others[0]].bias!r}), and only one "
+            "adapter can: set bias='none' for the other one"
+        )
+
+
+def add_biases(root: nn.Module, adapter_name: str, config: LoraConfig) -> None:
+    """Give one adapter its biases; nothing with ``bias="none"``. They stay out until `show_biases` installs them.
+
+    Its parts keep them, so that they live as long as the adapter, in copies of the model as well.
+
+    Args:
+        root: the model, with the adapter's parts in it.
+        adapter_name: which adapter.
+        config: its configuration.
+
+    Raises:
+        ConfigError: there is no bias to train.
+    """
+    if config.bias == "none":
+        return
+    biases = TrainedBiases(root, adapter_name, config)
+    for part in _parts(root):
+        if part.has(adapter_name):
+            part.base_biases[adapter_name] = biases
+
+
+def biases_of(root: nn.Module) -> dict[str, BaseBiases]:
+    """Adapter -> its biases, of those adapters that train any: at most one."""
+    return {name: biases for part in _parts(root) for name, biases in part.base_biases.items()}
+
+
+def trained_biases(root: nn.Module, config: LoraConfig, adapter_name: str) -> dict[str, nn.Parameter]:
+    """The biases that one adapter trains, by their keys in PEFT's file without the leading ``base_model.model.``."""
+    if config.bias == "none":
+        return {}
+    biases = biases_of(root).get(adapter_name)
+    return {} if biases is None else biases.parameters()
 
 
 def load_biases(root: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Copy biases of a file into the base model."""
-    raise NotImplementedError
+    """Copy biases of a file into those of the adapter that trains them.
+
+    Args:
+        root: the model.
+        tensors: by the keys of `trained_biases`.
+
+    Raises:
+        ArtefactError: a tensor is missing, too many, or of another shape.
+    """
+    for name, biases in biases_of(root).items():
+        fill_tensors(biases.parameters(), tensors, f"the biases that adapter '{name}' trains")
+
+
+def show_biases(root: nn.Module, adapter_names: Collection[str]) -> None:
+    """Let the model have the biases of the one of these adapters that trains any, or else its own."""
+    for name, biases in biases_of(root).items():
+        biases.install(installed=name in adapter_names)
+
+
+def drop_biases(root: nn.Module, adapter_name: str | None = None) -> None:
+    """Give the model its own biases back and forget an adapter's; None: all adapters'."""
+    for part in _parts(root):
+        for name in [adapter_name] if adapter_name is not None else list(part.base_biases):
+            biases = part.base_biases.pop(name, None)
+            if biases is not None:
+                biases.install(installed=False)
+
+
+def _parts(root: nn.Module) -> list[AdapterPart]:
+    return [module for module in root.modules() if isinstance(module, AdapterPart)]
+
+
+def _biases(root: nn.Module, adapter_name: str, *, only_lora: bool) -> list[tuple[str, nn.Module, nn.Parameter]]:
+    """Key, module and bias of every bias that is trained; those of modules that are trained whole are in the copies."""
+    found = []
+    whole = [name for name, part in bare_modules(root) if isinstance(part, SavedModule) and part.has(adapter_name)]
+    for name, part in bare_modules(root):
+        if any(name == one or name.startswith(f"{one}.") for one in whole):
+            continue
+        if only_lora and not (isinstance(part, LoraLayer) and part.has(adapter_name)):
+            continue
+        module, path = part, [name] if name else []
+        while isinstance(module, AdapterPart):
+            path.append(_BASE_IN_PEFT.get(type(module), "base_layer"))
+            module = module.base_layer
+        bias = module._parameters.get("bias")  # noqa: SLF001 - the module's own, not one that it answers for
+        if bias is not None and bias.is_floating_point():
+            found.append((".".join([*path, "bias"]), module, bias))
+    return found
+
+
+def _own(module: nn.Module) -> nn.Parameter:
+    bias = module._parameters["bias"]  # noqa: SLF001 - the object itself
+    if bias is None:
+        raise ConfigError(f"the bias of a {type(module).__name__} was removed while an adapter trains it")
+    return bias

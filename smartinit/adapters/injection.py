@@ -5,12 +5,15 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from smartinit.adapters.base_bias import add_biases, drop_biases
 from smartinit.adapters.experts import ParameterLora, add_parameter_layers
 from smartinit.adapters.kinds import wrap
 from smartinit.adapters.layer import LoraLayer
 from smartinit.adapters.part import AdapterPart
 from smartinit.adapters.saved_modules import add_saved_modules
+from smartinit.adapters.stand_in import Places
 from smartinit.adapters.trained_tokens import add_trained_tokens
+from smartinit.adapters.tying import embedding_ties, tie_factors
 from smartinit.errors import TargetError
 from smartinit.targets.patterns import alpha_for, rank_for
 from smartinit.targets.select import select_targets
@@ -49,6 +52,7 @@ def inject(root: nn.Module, adapter_name: str, config: LoraConfig, *, device: to
         add_parameter_layers(root, adapter_name, config, device=device)
         add_saved_modules(root, adapter_name, config, device=device)
         add_trained_tokens(root, adapter_name, config, device=device)
+        add_biases(root, adapter_name, config)
     except BaseException:
         drop(root, adapter_name)
         raise
@@ -56,6 +60,7 @@ def inject(root: nn.Module, adapter_name: str, config: LoraConfig, *, device: to
 
 def drop(root: nn.Module, adapter_name: str) -> None:
     """Take one adapter off every part; a part without adapters gives its base layer back."""
+    drop_biases(root, adapter_name)
     for name, part in reversed(parts_of_model(root).items()):
         part.remove(adapter_name)
         if not part.adapters():
@@ -85,7 +90,11 @@ def _add_lora_layers(root: nn.Module, adapter_name: str, config: LoraConfig, dev
     layers.target_parameters = layers.layer_replication = None  # seen to by others
     with bare(root):
         names = [target.name for target in select_targets(root, layers, hosts=ALL_HOSTS)]
-    for name in names:
+    ties = embedding_ties(root) if config.ensure_weight_tying else None
+    tied = ties.tied if ties is not None and ties.embedding in names else ()
+    places = Places(parts_of_model(root))
+    for name in [*(name for name in names if name not in tied), *tied]:
+        places.check(name, LoraLayer, adapter_name)
         module = root.get_submodule(name)
         if isinstance(module, ParameterLora):
             raise TargetError(
@@ -93,5 +102,8 @@ def _add_lora_layers(root: nn.Module, adapter_name: str, config: LoraConfig, dev
             )
         layer = module if isinstance(module, LoraLayer) else wrap(name, module)
         layer.train(module.training)
-        layer.update_layer(adapter_name, rank_for(config, name), alpha_for(config, name), config, device=device)
+        named = ties.embedding if ties is not None and name in tied else name
+        layer.update_layer(adapter_name, rank_for(config, named), alpha_for(config, named), config, device=device)
+        if named != name:
+            tie_factors(layer, root.get_submodule(named), adapter_name)
         root.set_submodule(name, layer)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from smartinit.adapters import combining, hotswap, merging, storage
 from smartinit.adapters.adapted import AdaptedModel
+from smartinit.adapters.base_bias import biases_of, show_biases
 from smartinit.adapters.conversion import subtract_mutated_init
 from smartinit.adapters.replication import replicate_layers
 from smartinit.adapters.state import adapter_state
@@ -16,7 +18,7 @@ from smartinit.formats.tensors import stored_tensors
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
     from torch import nn
@@ -91,11 +93,17 @@ class LoraModel(AdaptedModel):
 
         Cost: a matrix product per layer, and the host's memory for a copy of every changed weight.
         """
-        merging.merge_adapters(self.model, self._merged_names(adapter_names), safe_merge=safe_merge)
+        names = self._merged_names(adapter_names)
+        show_biases(self.model, [*self._active, *names])  # first: a merge may add to them
+        try:
+            merging.merge_adapters(self.model, names, safe_merge=safe_merge)
+        finally:
+            self._show_biases()
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the base weights, which are then bit for bit what they were."""
         merging.unmerge_adapters(self.model)
+        self._show_biases()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
@@ -114,7 +122,10 @@ class LoraModel(AdaptedModel):
             As `merge_adapter`.
         """
         names = self._merged_names(adapter_names)
-        merging.merge_into(self.model, names, safe_merge=safe_merge, progressbar=progressbar, trainable=self._trainable)
+        with self._biases_for_good(names):
+            merging.merge_into(
+                self.model, names, safe_merge=safe_merge, progressbar=progressbar, trainable=self._trainable
+            )
         self.peft_config.clear()
         return self.model
 
@@ -258,4 +269,22 @@ class LoraModel(AdaptedModel):
         names = list(self._active if adapter_names is None else adapter_names)
         for name in names:
             self.config_of(name)
+        merged = [name for part in self.parts().values() for name in part.merged_adapters]
+        for part in self.parts().values():
+            part.check_active([*merged, *names])
         return names
+
+    @contextmanager
+    def _biases_for_good(self, adapter_names: Sequence[str]) -> Iterator[None]:
+        """Leave the biases of one of these adapters in the model, which loses its parts inside."""
+        merged = [name for part in self.parts().values() for name in part.merged_adapters]
+        biases = biases_of(self.model).values()
+        show_biases(self.model, [*merged, *adapter_names])
+        try:
+            yield
+        except BaseException:
+            self._show_biases()
+            raise
+        trainable = {id(parameter) for parameter in self._trainable}
+        for trained, original in (pair for one in biases for pair in one.originals()):
+            trained.requires_grad_(id(original) in trainable)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from torch import nn
 
@@ -15,6 +15,19 @@ if TYPE_CHECKING:
 
     from smartinit.adapters.merged_weight import MergedWeight
     from smartinit.adapters.weight_change import WeightChange
+
+
+class BaseBiases(Protocol):
+    """Biases of the base model that one adapter trains: `smartinit.adapters.base_bias.TrainedBiases`."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trained ones by their keys in files."""
+
+    def originals(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Pairs of a trained one and the base model's own."""
+
+    def install(self, *, installed: bool = True) -> None:
+        """Put them in their places, or the model's own back."""
 
 
 class AdapterPart(nn.Module):
@@ -44,6 +57,7 @@ class AdapterPart(nn.Module):
         self.merged_adapters: list[str] = []
         self.merged_weights: list[MergedWeight] = []
         self.disable_adapters = False
+        self.base_biases: dict[str, BaseBiases] = {}  # of adapters that train the model's own: see base_bias.py
 
     @property
     def merged(self) -> bool:
@@ -70,6 +84,14 @@ class AdapterPart(nn.Module):
             if adapter_name in kept:
                 item = kept[adapter_name]
                 yield from [item] if isinstance(item, nn.Parameter) else item.parameters()
+
+    def check_active(self, adapter_names: Sequence[str]) -> None:
+        """Whether these adapters can be active together here.
+
+        Raises:
+            ConfigError: they cannot.
+        """
+        del adapter_names
 
     def set_adapter(self, adapter_names: Sequence[str], *, inference_mode: bool = False) -> None:
         """Make these adapters the active ones and, unless ``inference_mode``, the trainable ones."""

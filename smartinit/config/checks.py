@@ -38,6 +38,19 @@ def integer(name: str, value: object, least: int) -> int:
     return int(value)
 
 
+def indices(name: str, value: object) -> list[int]:
+    """Integers from 0 upwards, each once and at least one, in the given order, never the caller's object."""
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
+        raise ArgumentError(f"{name} is a {type(value).__name__}, but a list of integers was expected")
+    entries = [integer(f"an entry of {name}", entry, 0) for entry in value]
+    require(bool(entries), f"{name} is empty: name at least one row, or leave it out")
+    seen: set[int] = set()
+    for entry in entries:
+        require(entry not in seen, f"{name} names {entry} twice: each row can be trained once")
+        seen.add(entry)
+    return entries
+
+
 def number(name: str, value: object, expected: str, low: float, high: float) -> None:
     """A finite number in ``[low, high]``; ``expected`` says that in words. NaN fails, as it compares false."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -32,7 +32,6 @@ _OTHER_LAYERS = (
     "use_bdlora",
     "arrow_config",
     "kasa_config",
-    "ensure_weight_tying",
 )
 # Fields that PEFT's class does not have; what they ask for is done before it sees the model.
 OWN_FIELDS = ("init_options", "frozen_a", "match_gain")
@@ -54,7 +53,7 @@ class LoraConfig:
 
     PEFT has options that this class lacks. Those that turn the layer into something else (``velora_config``,
     ``kasa_config``, ``use_qalora``, ``use_bdlora``, ``arrow_config``, ``monteclora_config``,
-    ``alora_invocation_tokens``, ``ensure_weight_tying``) are refused when they are set. Mere records
+    ``alora_invocation_tokens``) are refused when they are set. Mere records
     (``peft_version``, ``qalora_group_size``, keys that are empty) are carried along in ``extra``.
 
     Raises:
@@ -94,6 +93,7 @@ class LoraConfig:
     runtime_config: methods.LoraRuntimeConfig = field(default_factory=methods.LoraRuntimeConfig)
     lora_bias: bool = False
     target_parameters: list[str] | None = None
+    ensure_weight_tying: bool = False
     init_options: dict[str, Any] = field(default_factory=dict)
     frozen_a: bool = False
     match_gain: Literal["kaiming"] | None = None
@@ -293,6 +293,8 @@ class LoraConfig:
             setattr(self, name, None if value is None else checks.names(name, value))
         for entry in self.modules_to_save or ():
             checks.regex("modules_to_save", entry)
+        self._settle_tokens()
+        checks.choice("ensure_weight_tying", self.ensure_weight_tying, (True, False))
         if self.layers_pattern is not None and not isinstance(self.layers_pattern, str):
             self.layers_pattern = checks.names("layers_pattern", self.layers_pattern)
         for entry in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
@@ -302,6 +304,16 @@ class LoraConfig:
             self.layers_to_transform = [checks.integer("an entry of layers_to_transform", i, 0) for i in layers]
         elif layers is not None:
             self.layers_to_transform = checks.integer("layers_to_transform", layers, 0)
+
+    def _settle_tokens(self) -> None:
+        wanted = self.trainable_token_indices
+        if isinstance(wanted, Mapping):
+            checks.names("trainable_token_indices", list(wanted))
+            self.trainable_token_indices = {
+                name: checks.indices(f"trainable_token_indices[{name!r}]", some) for name, some in wanted.items()
+            }
+        elif wanted is not None:
+            self.trainable_token_indices = checks.indices("trainable_token_indices", wanted)
 
     def _settle_method(self) -> None:
         start = self.init_lora_weights

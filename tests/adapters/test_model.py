@@ -162,8 +162,8 @@ def test_a_failing_second_adapter_leaves_the_first(tiny_llama: Callable, tokens:
         ({"target_modules": ["nothing"]}, TargetError, "nothing"),
         ({"target_modules": ["norm"]}, SmartinitError, "'model.norm' is a LlamaRMSNorm"),
         ({"target_modules": ["q_proj"], "use_dora": True}, ConfigError, "use_dora=True is not supported"),
-        ({"target_modules": ["q_proj"], "bias": "all"}, ConfigError, "bias='all' is not supported"),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, ConfigError, "modules_to_save"),
+        ({"target_modules": ["q_proj"], "bias": "all"}, ConfigError, "no bias in the model"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_hed"]}, TargetError, "closest: 'lm_head'"),
     ],
 )
 def test_after_an_error_the_model_is_as_it_was(
