@@ -12,6 +12,7 @@ from smartinit.adapters.base_bias import biases_of, check_biases, drop_biases, s
 from smartinit.adapters.injection import drop, inject, parts_of_model, unwrap
 from smartinit.adapters.layer import LoraLayer
 from smartinit.adapters.mixed import rows_with_adapters
+from smartinit.adapters.replication import require_same_replication
 from smartinit.adapters.restoring import restore_base
 from smartinit.adapters.saved_modules import with_task_heads
 from smartinit.adapters.training import (
@@ -146,8 +147,7 @@ class AdaptedModel(nn.Module):
         if adapter_name in self.peft_config:
             raise ConfigError(f"the model already has an adapter '{adapter_name}'; choose another name")
         config = LoraConfig.from_any(config)
-        if config.layer_replication:
-            raise ConfigError("layer_replication changes the model's layers, so only its first adapter can have it")
+        require_same_replication(config, self.peft_config.values())
         self._inject(adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage)
         self.set_adapter(self._active)
 

@@ -8,6 +8,7 @@ put, but the parameters in them are those of the original block: no weight is co
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -15,9 +16,11 @@ from torch import nn
 from smartinit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import torch
+
+    from smartinit.config import LoraConfig
 
 # Under which names models keep their list of blocks: Llama and most others, BERT, GPT-2 and Falcon.
 _LISTS = ("layers", "encoder.layer", "h")
@@ -51,18 +54,49 @@ def replicate_layers(root: nn.Module, spans: Sequence[tuple[int, int]]) -> Calla
     line = nn.ModuleList(_sharing(blocks[index], place) for place, index in enumerate(order))
     line.training = blocks.training
     config = getattr(owner, "config", None) or getattr(root, "config", None)
-    was_training = owner.training
-    before = _renumber(config, order, len(blocks))
+    undo = _Undo(owner, attribute, blocks, config, _renumber(config, order, len(blocks)), owner.training)
     setattr(owner, attribute, line)
-
-    def undo() -> None:
-        setattr(owner, attribute, blocks)
-        for name, value in before.items():
-            setattr(config, name, value)
-        if owner.training != was_training:  # someone has called train() or eval() meanwhile
-            blocks.train(owner.training)
-
     return undo
+
+
+def replication_of(configs: Iterable[LoraConfig]) -> list[tuple[int, int]] | None:
+    """How the blocks of a model with these adapters are lined up; None if as they were."""
+    return next((config.layer_replication for config in configs if config.layer_replication), None)
+
+
+def require_same_replication(config: LoraConfig, configs: Iterable[LoraConfig]) -> None:
+    """Give a further adapter's configuration the replication that the model already has.
+
+    Raises:
+        ConfigError: it asks for another one.
+    """
+    here = replication_of(configs)
+    wanted = config.layer_replication
+    if wanted and list(map(tuple, wanted)) != list(map(tuple, here or ())):
+        raise ConfigError(
+            f"layer_replication={wanted!r} changes the model's layers, so only its first adapter can bring it; this "
+            f"model has {here!r}"
+        )
+    config.layer_replication = here
+
+
+@dataclass(frozen=True, eq=False)
+class _Undo:
+    """Puts the original blocks back. A value and not a closure, so that a deep copy of a model undoes its own."""
+
+    owner: nn.Module
+    attribute: str
+    blocks: nn.ModuleList
+    config: Any
+    said: dict[str, Any]
+    training: bool
+
+    def __call__(self) -> None:
+        setattr(self.owner, self.attribute, self.blocks)
+        for name, value in self.said.items():
+            setattr(self.config, name, value)
+        if self.owner.training != self.training:  # someone has called train() or eval() meanwhile
+            self.blocks.train(self.owner.training)
 
 
 def _find_blocks(root: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:

@@ -358,7 +358,7 @@ def test_rows_with_adapters_of_their_own(tokens: torch.Tensor, randomise: Callab
     expected = model(tokens).logits
     model.set_adapter("default")
     assert torch.equal(model(tokens, adapter_names=["other", "other"]).logits, expected)
-    with pytest.raises(ConfigError, match="different adapters.*default, other.*one batch per adapter"):
+    with pytest.raises(ConfigError, match=r"different adapters.*default, other.*one batch per adapter"):
         model(tokens, adapter_names=["default", "other"])
     with pytest.raises(ConfigError, match="different adapters"):
         model(tokens, adapter_names=["default", "__base__"])
@@ -416,7 +416,7 @@ def test_an_entry_that_matches_nothing_beside_others_is_named() -> None:
 def test_all_adapters_have_the_same_parameters() -> None:
     model = LoraModel(mixtral(), LoraConfig(r=2, target_parameters=EXPERTS))
     before = states(model)
-    with pytest.raises(ConfigError, match="'model.layers.0.mlp.experts.down_proj' is only in the others"):
+    with pytest.raises(ConfigError, match=r"'model\.layers\.0\.mlp\.experts\.down_proj' is only in the others"):
         model.add_adapter("other", LoraConfig(r=2, target_parameters=["mlp.experts.gate_up_proj"]))
     with pytest.raises(ConfigError, match=r"gate.weight' is only in the new one"):
         model.add_adapter("other", LoraConfig(r=2, target_parameters=[*EXPERTS, "gate.weight"]))
