@@ -144,10 +144,10 @@ def _refuse_what_changes_the_model(config: LoraConfig) -> None:
             "layer_replication gives the model new layers: attach the adapters first and pass that model instead"
         )
     if config.target_parameters:
-        said = f"target_parameters={config.target_parameters} are not supported yet"
+        said = f"target_parameters={config.target_parameters} are no layers, so they keep LoRA's own start"
         if not config.target_modules:
-            raise TargetError(f"{said}: name linear layers in target_modules")
-        warnings.warn(f"{said}: only the layers of target_modules get a start", stacklevel=4)
+            raise TargetError(f"{said}: name linear layers in target_modules to compute one for these")
+        warnings.warn(f"{said}: only the layers of target_modules get another", stacklevel=4)
 
 
 def _defaults(root: nn.Module) -> Any:  # noqa: ANN401 - what target_modules takes

@@ -445,7 +445,7 @@ def test_an_excluded_entry_is_not_idle(llama):
 def test_what_changes_the_models_layers_is_refused(llama):
     with pytest.raises(TargetError, match="layer_replication"):
         select_targets(llama, LoraConfig(layer_replication=[(0, 2), (1, 2)]))
-    with pytest.raises(TargetError, match=r"target_parameters=\['x'\] are not supported yet"):
+    with pytest.raises(TargetError, match=r"target_parameters=\['x'\] are no layers.*name linear layers"):
         select_targets(llama, LoraConfig(target_parameters=["x"]))
     with pytest.warns(UserWarning, match="only the layers of target_modules"):
         assert len(select_targets(llama, LoraConfig(target_parameters=["x"], target_modules=["q_proj"]))) == 2
