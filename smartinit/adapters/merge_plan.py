@@ -9,7 +9,7 @@ import torch
 
 from smartinit.adapters.dequantise import is_quantised
 from smartinit.adapters.part import AdapterPart
-from smartinit.errors import ModelError
+from smartinit.errors import ConfigError, ModelError
 from smartinit.targets.weight import storage_of
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def slots_of(parts: Mapping[str, AdapterPart], names: Sequence[str]) -> list[Slo
     """All parameters that change, in model order; an inner part changes them before an outer one."""
     slots: dict[tuple[int, str], Slot] = {}
     for path, part in reversed(list(parts.items())):
-        for change in (change for name in names if part.has(name) for change in part.changes(name)):
+        for change in _changes(path, part, names):
             key = (id(change.module), change.parameter)
             slot = slots.setdefault(key, Slot(path, change.module, change.parameter))
             slot.path = path
@@ -64,6 +64,13 @@ def slots_of(parts: Mapping[str, AdapterPart], names: Sequence[str]) -> list[Slo
             if part not in slot.parts:
                 slot.parts.append(part)
     return list(reversed(slots.values()))
+
+
+def _changes(path: str, part: AdapterPart, names: Sequence[str]) -> list[WeightChange]:
+    try:
+        return [change for name in names if part.has(name) for change in part.changes(name)]
+    except ConfigError as error:  # a part does not know where it is
+        raise ConfigError(f"layer '{path}': {error}") from error
 
 
 def require_changeable(slot: Slot) -> None:
