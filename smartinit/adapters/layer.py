@@ -185,7 +185,12 @@ class LoraLayer(AdapterPart):
         if adapter_name in self.r:
             rank = self.r[adapter_name]
             divisor = math.sqrt(rank) if self.use_rslora[adapter_name] else rank
-            self.scaling[adapter_name] = scale * self.lora_alpha[adapter_name] / divisor
+            value = scale * self.lora_alpha[adapter_name] / divisor
+            kept: object = self.scaling.get(adapter_name)
+            if isinstance(kept, torch.Tensor):  # prepared for swaps: compiled code reads this very tensor
+                kept.fill_(value)
+            else:
+                self.scaling[adapter_name] = value
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters."""

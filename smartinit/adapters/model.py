@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
-from smartinit.adapters import combining, hotswap, merging, storage
+from smartinit.adapters import combining, hotswap, kohya, merging, storage
 from smartinit.adapters.adapted import AdaptedModel
 from smartinit.adapters.base_bias import biases_of, show_biases
 from smartinit.adapters.conversion import subtract_mutated_init
@@ -18,7 +18,7 @@ from smartinit.formats.tensors import stored_tensors
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
     from torch import nn
@@ -167,6 +167,9 @@ class LoraModel(AdaptedModel):
     ) -> None:
         """Write adapters as PEFT folders: ``default`` into ``folder``, others into sub-folders of their name.
 
+        A folder holds what the adapter trains: matrices and magnitudes, whole modules, rows of embeddings, biases; of
+        the base model nothing, embeddings with adapters included. Every file is written in one step.
+
         An adapter that was applied with ``base="offset"`` is written as plain LoRA for the base as it is. One whose
         base gave its start up keeps that start in the sub-folder ``start``.
 
@@ -179,7 +182,9 @@ class LoraModel(AdaptedModel):
         Raises:
             OutputError: the folder cannot be written.
             ArtefactError: the start is for another model or other layers.
+            ModelError: the adapter has no values yet (``low_cpu_mem_usage``).
             UnknownNameError: there is no such adapter.
+            VerificationError: a matrix or magnitude is not finite.
         """
         storage.save(self, folder, path_initial_model_for_weight_conversion, selected_adapters)
 
@@ -194,15 +199,22 @@ class LoraModel(AdaptedModel):
     ) -> LoraModel:
         """Wrap ``model`` with the adapter in a PEFT folder.
 
+        The folder's ``default`` only: `load_adapter` adds others from their sub-folders. Values go into the dtype that
+        a new adapter has here: float32, or float64 beside float64 weights. Where PEFT has saved embeddings of the base
+        model as well, they must be those that this model has; the base is never written to.
+
         Args:
             model: the base model.
             folder: the adapter folder.
             adapter_name: what to call it here.
             is_trainable: whether to train it; else it is frozen.
-            low_cpu_mem_usage: give the file's tensors to the layers instead of copying them into new ones.
+            low_cpu_mem_usage: make no values for the new layers before the file's are copied into them. The file is
+                read in pieces either way: the adapter is in memory once.
 
         Raises:
-            ArtefactError: the folder is no adapter, or one for another model; ``model`` is then as it was.
+            MissingFileError: there is no such folder.
+            ArtefactError: the folder is no adapter, or one for another model: the first tensor that is missing, has no
+                place or another shape is named. ``model`` is then as it was.
         """
         return storage.from_pretrained(
             cls, model, folder, adapter_name, is_trainable=is_trainable, low_cpu_mem_usage=low_cpu_mem_usage
@@ -223,16 +235,78 @@ class LoraModel(AdaptedModel):
         """
         storage.load_adapter(self, folder, adapter_name, is_trainable=is_trainable, low_cpu_mem_usage=low_cpu_mem_usage)
 
+    def save_kohya(
+        self,
+        file: str | os.PathLike[str],
+        adapter_name: str = "default",
+        prefix: str = "lora_unet",
+        *,
+        dtype: torch.dtype | None = None,
+        others: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Write an adapter of an image model with kohya's names; see `smartinit.formats.kohya`.
+
+        Args:
+            file: where to, a safetensors file.
+            adapter_name: which.
+            prefix: which model this is: ``"lora_unet"``, or ``"lora_te"`` and the like for text encoders.
+            dtype: of the matrices in the file; None: what they have.
+            others: what `smartinit.formats.kohya.kohya_tensors` gives for other models, to stand in the same file.
+
+        Raises:
+            UnknownNameError: there is no such adapter.
+            ConfigError: it has more than matrices and magnitudes, adapts embeddings, or was split from its base.
+            OutputError: the file cannot be written.
+            VerificationError: a value is not finite.
+        """
+        kohya.save_kohya(self, file, adapter_name, prefix, dtype=dtype, others=others)
+
+    def load_kohya(
+        self,
+        file: str | os.PathLike[str],
+        adapter_name: str,
+        prefix: str = "lora_unet",
+        is_trainable: bool = False,
+    ) -> None:
+        """Add the adapter in a file with kohya's names under a new name; arguments as of `save_kohya`.
+
+        Raises:
+            ConfigError: the name is taken.
+            MissingFileError: there is no such file.
+            ArtefactError: it cannot be read, or does not fit; this model is then as it was.
+        """
+        kohya.load_kohya(self, file, adapter_name, prefix, is_trainable=is_trainable)
+
     def prepare_for_hotswap(self, target_rank: int) -> None:
-        """Make room for adapters of up to ``target_rank``, before the model is compiled; see `hotswap_adapter`."""
+        """Make room for adapters of up to ``target_rank``, before the model is compiled; see `hotswap_adapter`.
+
+        All adapters are widened with zeros, which changes no output: their parameters are new ones, and from then on
+        they are adapters of that rank, with the alphas that keep their scalings; so they are saved, too. Adapters on
+        bare parameters keep their rank.
+
+        Args:
+            target_rank: the largest rank of all adapters to come.
+
+        Raises:
+            ConfigError: an adapter has a larger rank or is merged, or the model is compiled; nothing was changed.
+        """
         hotswap.prepare_for_hotswap(self, target_rank)
 
     def hotswap_adapter(self, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
         """Replace an adapter's weights by those in a PEFT folder, in place: compiled code stays valid.
 
+        Ranks and alphas may differ from the adapter's here, after `prepare_for_hotswap`. Layers that the new adapter
+        lacks add nothing from then on; dropout and what is trained stay as they were.
+
+        Args:
+            folder: the new adapter.
+            adapter_name: the one to replace; it keeps its name.
+
         Raises:
             UnknownNameError: there is no such adapter to replace.
-            ArtefactError: the folder is no adapter, or does not fit; the adapter is then as it was.
+            ConfigError: it is merged; or either of the two was split from its base.
+            ArtefactError: the folder is no adapter, or does not fit: a layer that this one lacks, a larger rank, other
+                options. The adapter is then as it was.
         """
         hotswap.hotswap_adapter(self, folder, adapter_name)
 

@@ -1,4 +1,4 @@
-"""One adapter of a model as values, and back: what its layers hold, in the form in which files have it."""
+"""One adapter of a model as values: what its parts hold, by the names and in the form in which files have it."""
 
 from __future__ import annotations
 
@@ -6,21 +6,28 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
-from smartinit.adapters.magnitude import set_magnitude
+from smartinit.adapters.base_bias import trained_biases
+from smartinit.adapters.experts import ParameterLora
+from smartinit.adapters.injection import parts_of_model
+from smartinit.adapters.layer import LoraLayer
 from smartinit.adapters.start import Start, start_of, starts_of
-from smartinit.errors import ArtefactError
+from smartinit.errors import ArtefactError, ModelError
 from smartinit.factors import Factors
 from smartinit.formats.convert import subtract_start
-from smartinit.formats.tensors import Form
+from smartinit.formats.tensors import PREFIX, Form
 from smartinit.planning.plan import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from smartinit.adapters.layer import LoraLayer
+    import torch
+    from torch import nn
+
+    from smartinit.adapters.part import AdapterPart
+    from smartinit.config import LoraConfig
     from smartinit.formats.peft import StoredAdapter
+
+_WRAPPED = ".base_layer"
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +46,40 @@ class AdapterState:
     forms: Mapping[str, Form]
 
 
+def stored_parts(root: nn.Module, adapter_name: str) -> list[tuple[str, AdapterPart]]:
+    """Every part that has something of one adapter, in model order, after the name that it has in files.
+
+    That is its place without what other parts around it add; but of several parts on the parameters of one module
+    the inner ones are told apart by their nesting.
+    """
+    return [
+        (path if isinstance(part, ParameterLora) else path.replace(_WRAPPED, ""), part)
+        for path, part in parts_of_model(root).items()
+        if part.has(adapter_name)
+    ]
+
+
+def stored_layers(root: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    """Name in files -> LoRA layer, of those that have one adapter."""
+    return {name: part for name, part in stored_parts(root, adapter_name) if isinstance(part, LoraLayer)}
+
+
+def stored_others(root: nn.Module, adapter_name: str, config: LoraConfig) -> dict[str, torch.Tensor]:
+    """What one adapter has besides LoRA's matrices and magnitudes, by its key in files: the very tensors.
+
+    Args:
+        root: the model.
+        adapter_name: which adapter.
+        config: its configuration.
+    """
+    found = {
+        f"{PREFIX}{name}.{key}": tensor
+        for name, part in stored_parts(root, adapter_name)
+        for key, tensor in part.other_tensors(adapter_name).items()
+    }
+    return found | {PREFIX + key: bias for key, bias in trained_biases(root, config, adapter_name).items()}
+
+
 def adapter_state(layers: Mapping[str, LoraLayer], adapter_name: str, *, plain: bool = True) -> AdapterState:
     """What layers hold of one adapter.
 
@@ -47,14 +88,23 @@ def adapter_state(layers: Mapping[str, LoraLayer], adapter_name: str, *, plain: 
         adapter_name: which one.
         plain: a layer that subtracts its start (``base="offset"``) gives plain LoRA of the sum of both ranks, so that
             the adapter computes the same on the same base wherever it is loaded; else only what is trained.
+
+    Raises:
+        ModelError: the adapter has no values yet.
     """
     ranks, alphas, factors, forms = {}, {}, {}, {}
     for name, layer in layers.items():
-        pair, forms[name] = _as_matrices(layer, adapter_name)
-        ranks[name], alphas[name] = pair.rank, layer.lora_alpha[adapter_name]
+        pair, forms[name] = as_matrices(layer, adapter_name)
+        if pair.a.is_meta:
+            raise ModelError(
+                f"adapter '{adapter_name}' has no values in layer '{name}': it lies on the meta device, so load or "
+                "compute its weights first"
+            )
+        # Not that of the matrices: experts' have the ranks of all experts.
+        ranks[name], alphas[name] = layer.r[adapter_name], layer.lora_alpha[adapter_name]
         start = start_of(layer, adapter_name)
         if plain and start is not None and start.base == "offset":
-            pair = subtract_start(pair, Factors(start.a, start.b), start.scaling / layer.scaling[adapter_name])
+            pair = subtract_start(pair, Factors(start.a, start.b), start.scaling / float(layer.scaling[adapter_name]))
             growth = pair.rank / ranks[name]
             ranks[name] = pair.rank
             alphas[name] *= math.sqrt(growth) if layer.use_rslora[adapter_name] else growth
@@ -74,42 +124,9 @@ def residual_starts(layers: Mapping[str, LoraLayer], adapter_name: str) -> Adapt
     alphas = {
         name: start.scaling * (math.sqrt(ranks[name]) if rslora else ranks[name]) for name, start in starts.items()
     }
-    forms = {name: _as_matrices(layers[name], adapter_name)[1] for name in starts}
+    forms = {name: as_matrices(layers[name], adapter_name)[1] for name in starts}
     factors = {name: Factors(start.a.flatten(1), start.b.flatten(1)) for name, start in starts.items()}
     return AdapterState(Plan(ranks, alphas, use_rslora=rslora), factors, forms)
-
-
-@torch.no_grad()
-def fill(layers: Mapping[str, LoraLayer], adapter_name: str, stored: StoredAdapter) -> None:
-    """Copy a file's tensors into an adapter that was made from the same file's configuration.
-
-    Raises:
-        ArtefactError: names or shapes do not fit.
-    """
-    if layers.keys() != stored.factors.keys():
-        odd = sorted(layers.keys() ^ stored.factors.keys())
-        raise ArtefactError(
-            f"the adapter in '{stored.folder}' does not fit this model: {len(odd)} layers have an adapter in only "
-            f"one of them, for instance '{odd[0]}'; was it made for another model?"
-        )
-    for name, layer in layers.items():
-        pair = stored.factors[name]
-        held, form = _as_matrices(layer, adapter_name)
-        for fits, tensor in ((held.a, pair.a), (held.b, pair.b)):
-            if fits.shape != tensor.shape or form != stored.forms.get(name, Form()):
-                raise ArtefactError(
-                    f"the adapter in '{stored.folder}' holds a matrix of shape {tuple(tensor.shape)} for layer "
-                    f"'{name}', where this model takes {tuple(fits.shape)}{_kernels(form)}; was it made for another "
-                    "model?"
-                )
-        if held.magnitude is None and pair.magnitude is not None:
-            raise ArtefactError(
-                f"the adapter in '{stored.folder}' holds a magnitude for layer '{name}', but its configuration does not "
-                "say use_dora"
-            )
-        for weight, tensor in zip(layer.matrices(adapter_name), (pair.a, pair.b), strict=True):
-            weight.copy_(tensor.reshape(weight.shape))
-        set_magnitude(layer, adapter_name, pair.magnitude)
 
 
 def remember_starts(
@@ -122,20 +139,18 @@ def remember_starts(
     """
     for name, pair in starts.factors.items():
         held = layers.get(name)
-        shape = None if held is None else _as_matrices(held, adapter_name)[0]
+        shape = None if held is None else as_matrices(held, adapter_name)[0]
         if held is None or shape is None or (pair.a.shape[1], pair.b.shape[0]) != (shape.a.shape[1], shape.b.shape[0]):
             raise ArtefactError(f"the start in '{starts.folder}' has no fitting layer '{name}' in the adapter above it")
         device = held.weight.device
-        starts_of(held)[adapter_name] = Start(pair.a.to(device), pair.b.to(device), scalings[name], "residual")
+        a, b = (matrix.to(device, copy=True) for matrix in (pair.a, pair.b))
+        starts_of(held)[adapter_name] = Start(a, b, scalings[name], "residual")
 
 
-def _as_matrices(layer: LoraLayer, adapter_name: str) -> tuple[Factors, Form]:
+def as_matrices(layer: LoraLayer, adapter_name: str) -> tuple[Factors, Form]:
+    """What a layer holds of one adapter, as matrices that are views of its parameters, and how files show them."""
     a, b = (matrix.detach() for matrix in layer.matrices(adapter_name))
     form = Form(adapter_name in getattr(layer, "lora_embedding_A", ()), tuple(a.shape[2:]))
     magnitudes = layer.lora_magnitude_vector
-    magnitude = magnitudes[adapter_name].weight.detach().flatten() if adapter_name in magnitudes else None  # type: ignore[operator, union-attr]
+    magnitude = magnitudes[adapter_name].weight.detach().flatten() if adapter_name in magnitudes else None  # type: ignore[operator]
     return Factors(a.flatten(1), b.flatten(1), magnitude=magnitude), form
-
-
-def _kernels(form: Form) -> str:
-    return f" with a kernel of {form.kernel}" if form.kernel else ""

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from smartinit.adapters.bare import bare_module_names
 from smartinit.adapters.conversion import convert, scaling_for
+from smartinit.adapters.experts import parameter_names
 from smartinit.adapters.injection import drop
-from smartinit.adapters.state import adapter_state, fill, remember_starts, residual_starts
+from smartinit.adapters.loading import put_in
+from smartinit.adapters.state import adapter_state, remember_starts, residual_starts, stored_layers, stored_others
 from smartinit.errors import ArtefactError, ConfigError
 from smartinit.formats.peft import CONFIG_FILE, StoredAdapter, read_adapter, write_adapter
 from smartinit.formats.record import START_FOLDER
@@ -16,8 +18,9 @@ from smartinit.formats.start import read_start
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    import torch
     from torch import nn
 
     from smartinit.adapters.adapted import AdaptedModel
@@ -35,38 +38,51 @@ def save(
     selected_adapters: Sequence[str] | None = None,
 ) -> None:
     """See `smartinit.LoraModel.save_pretrained`."""
-    modules = bare_module_names(model.model)
-    for adapter_name in selected_adapters if selected_adapters is not None else list(model.peft_config):
-        config = model.config_of(adapter_name)
+    names = list(model.peft_config) if selected_adapters is None else list(selected_adapters)
+    for adapter_name in names:
         path = Path(folder) if adapter_name == "default" else Path(folder) / adapter_name
-        layers = {name: layer for name, layer in model.lora_layers().items() if layer.has(adapter_name)}
-        base_model = config.base_model_name_or_path or getattr(model.model, "name_or_path", None)
-        written: AdapterState | Conversion
-        if path_initial_model_for_weight_conversion is None:
-            written = state = adapter_state(layers, adapter_name)
-            start = residual_starts(layers, adapter_name)
-        else:
-            start, state = None, adapter_state(layers, adapter_name, plain=False)
-            origin = read_start(path_initial_model_for_weight_conversion)
-            written = convert(StoredAdapter(path, config, state.factors, state.forms), origin)
-            base_model = origin.base_model or base_model
-        nameless = config
-        if start is not None:  # for the residual base, which has no name here
-            nameless, base_model = config.copy(), None
-            nameless.base_model_name_or_path = None
-        if start is not None and START_FOLDER in model.peft_config and adapter_name == "default":
+        _save_adapter(model, adapter_name, path, path_initial_model_for_weight_conversion)
+
+
+def _save_adapter(model: AdaptedModel, adapter_name: str, path: Path, initial: str | None) -> None:
+    """Write one adapter; ``initial`` is the folder of its start if it is to be converted to plain LoRA."""
+    root, config = model.model, model.config_of(adapter_name)
+    layers = stored_layers(root, adapter_name)
+    others: Mapping[str, torch.Tensor] = stored_others(root, adapter_name, config)
+    base_model = config.base_model_name_or_path or getattr(root, "name_or_path", None)
+    written: AdapterState | Conversion
+    if initial is None:
+        written = state = adapter_state(layers, adapter_name)
+        start = residual_starts(layers, adapter_name)
+    else:
+        start, state = None, adapter_state(layers, adapter_name, plain=False)
+        origin = read_start(initial)
+        written = convert(StoredAdapter(path, config, state.factors, state.forms, others), origin)
+        others = written.others
+        base_model = origin.base_model or base_model
+    if start is not None:  # for the residual base, which has no name here
+        config, base_model = config.copy(), None
+        config.base_model_name_or_path = None
+        if START_FOLDER in model.peft_config and adapter_name == "default":
             raise ConfigError(f"rename the adapter '{START_FOLDER}': its folder would be that of the start")
-        write_adapter(
-            path,
-            nameless,
-            written.plan,
-            written.factors,
-            base_model_name_or_path=base_model,
-            other_modules=modules,
-            forms=state.forms,
-        )
-        if start is not None:
-            write_adapter(path / START_FOLDER, nameless, start.plan, start.factors, forms=start.forms)
+    parameters = parameter_names(root)
+    write_adapter(
+        path,
+        config,
+        written.plan,
+        written.factors,
+        base_model_name_or_path=base_model,
+        dtype=None,
+        other_modules=bare_module_names(root),
+        forms=state.forms,
+        parameters={name: parameters[name] for name in layers if name in parameters},
+        others=others,
+    )
+    if start is not None:
+        alone = config.copy()  # of the start only the matrices are kept
+        alone.modules_to_save = alone.trainable_token_indices = alone.target_parameters = None
+        alone.bias, alone.lora_bias = "none", False
+        write_adapter(path / START_FOLDER, alone, start.plan, start.factors, dtype=None, forms=start.forms)
 
 
 def from_pretrained(
@@ -79,7 +95,7 @@ def from_pretrained(
     low_cpu_mem_usage: bool,
 ) -> T:
     """See `smartinit.LoraModel.from_pretrained`."""
-    stored = read_adapter(folder)
+    stored = read_adapter(folder, allow_others=True)
     config = _config_for(model, stored, is_trainable=is_trainable)
     wrapped = kind(model, config, adapter_name, low_cpu_mem_usage)
     try:
@@ -99,7 +115,7 @@ def load_adapter(
     low_cpu_mem_usage: bool,
 ) -> None:
     """See `smartinit.LoraModel.load_adapter`."""
-    stored = read_adapter(folder)
+    stored = read_adapter(folder, allow_others=True)
     model.add_adapter(adapter_name, _config_for(model.model, stored, is_trainable=is_trainable), low_cpu_mem_usage)
     try:
         fill_adapter(model, adapter_name, stored)
@@ -115,19 +131,18 @@ def fill_adapter(model: AdaptedModel, adapter_name: str, stored: StoredAdapter) 
     Raises:
         ArtefactError: names or shapes do not fit this model.
     """
-    layers = {name: layer for name, layer in model.lora_layers().items() if layer.has(adapter_name)}
-    fill(layers, adapter_name, stored)
+    put_in(model.model, adapter_name, stored, model.config_of(adapter_name))
     if (stored.folder / START_FOLDER / CONFIG_FILE).is_file():
         start = read_adapter(stored.folder / START_FOLDER)
         scalings = {name: scaling_for(start.config, name, pair.rank) for name, pair in start.factors.items()}
-        remember_starts(layers, adapter_name, start, scalings)
+        remember_starts(stored_layers(model.model, adapter_name), adapter_name, start, scalings)
 
 
 def _config_for(model: nn.Module, stored: StoredAdapter, *, is_trainable: bool) -> LoraConfig:
     """The file's configuration; refuses at once what was made for another model."""
     known = set(bare_module_names(model))
-    unknown = [name for name in stored.factors if name not in known]
-    if unknown:
+    unknown = [name for name in stored.factors if name.replace(".base_layer", "") not in known]
+    if unknown and not stored.config.layer_replication:
         raise ArtefactError(
             f"the adapter in '{stored.folder}' has weights for {len(unknown)} layers that this model does not have, "
             f"for instance '{unknown[0]}'; was it made for another model?"

@@ -89,7 +89,7 @@ def stored_tensors(
         if pair.rank == 0:
             continue
         form = (forms or {}).get(name, Form())
-        for suffix, tensor in _shaped(name, pair, form).items():
+        for suffix, tensor in shaped(name, pair, form).items():
             rounded = (
                 torch.promote_types(tensor.dtype, torch.float32) if suffix == _MAGNITUDE else dtype or tensor.dtype
             )
@@ -125,12 +125,21 @@ def open_tensors(path: Path) -> StoredTensors:
         OSError: it cannot be read.
         ArtefactError: as of `read_tensors`.
     """
+    return sorted_tensors(path, mapped_file(path))
+
+
+def mapped_file(path: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file, key -> window into it, in its order; see `open_tensors`.
+
+    Raises:
+        OSError: it cannot be read.
+        ArtefactError: truncated or broken.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.offset_keys()}
+            return {key: file.get_tensor(key) for key in file.offset_keys()}
     except _BROKEN as error:
         raise ArtefactError(f"'{path}' is no readable safetensors file ({error}); it is broken or truncated") from error
-    return sorted_tensors(path, tensors)
 
 
 def sorted_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> StoredTensors:
@@ -160,8 +169,12 @@ def sorted_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> StoredTen
     )
 
 
-def _shaped(name: str, pair: Factors, form: Form) -> dict[str, torch.Tensor]:
-    """Suffix -> tensor of the file's shape."""
+def shaped(name: str, pair: Factors, form: Form) -> dict[str, torch.Tensor]:
+    """Ending of the key in the file, after the layer's name -> tensor of the file's shape.
+
+    Raises:
+        ConfigError: a form does not fit its matrices.
+    """
     if form.embedding:
         tensors = {_EMBEDDING_A: pair.a, _EMBEDDING_B: pair.b}
     elif form.kernel:

@@ -239,7 +239,7 @@ def test_peft_loads_it_and_it_loads_pefts(
     tiny_llama: Callable, tokens: torch.Tensor, randomise: Callable, tmp_path: Path
 ) -> None:
     peft = pytest.importorskip("peft")
-    options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 3}, "lora_alpha": 12}
+    options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}, "lora_alpha": 8}
     model = LoraModel(tiny_llama(), LoraConfig(**options))
     randomise(model)
     model.save_pretrained(tmp_path / "ours")

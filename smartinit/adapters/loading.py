@@ -1,0 +1,169 @@
+"""A stored adapter put into the parts that were made for it: first everything is compared, then everything copied."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from smartinit.adapters.base_bias import load_biases, trained_biases
+from smartinit.adapters.filling import fill_tensors
+from smartinit.adapters.magnitude import set_magnitude
+from smartinit.adapters.state import as_matrices, stored_layers, stored_others, stored_parts
+from smartinit.errors import ArtefactError
+from smartinit.formats.tensors import PREFIX, Form, shaped
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from smartinit.adapters.layer import LoraLayer
+    from smartinit.config import LoraConfig
+    from smartinit.factors import Factors
+    from smartinit.formats.peft import StoredAdapter
+
+_MAGNITUDE = "lora_magnitude_vector"
+# Where PEFT keeps a module that it trains whole, and its copy: with bias="all" it saves biases from there as well.
+_DEBRIS = (".original_module.", ".modules_to_save.")
+
+
+@torch.no_grad()
+def put_in(root: nn.Module, adapter_name: str, stored: StoredAdapter, config: LoraConfig) -> None:
+    """Copy a file's tensors into an adapter that was made from the same file's configuration.
+
+    Values go into the dtype and onto the device that the adapter has here; parameters on the meta device become real
+    ones where their base layer is. A file without any magnitude leaves those of DoRA to the layers, as a computed
+    start does where it cannot read the base weight; one without any bias leaves the base model's own.
+
+    Args:
+        root: the model, with the adapter's parts in it.
+        adapter_name: which adapter.
+        stored: what the folder holds.
+        config: the adapter's configuration.
+
+    Raises:
+        ArtefactError: a tensor is missing, or has no place here, or another shape; the first is named, and nothing was
+            changed. Base embeddings that PEFT saves along must be this model's.
+    """
+    layers = stored_layers(root, adapter_name)
+    others = check_fit(root, adapter_name, stored, config)
+    for name, layer in layers.items():
+        fill_layer(layer, adapter_name, name, stored.factors[name])
+    for name, part in stored_parts(root, adapter_name):
+        keys = part.other_tensors(adapter_name)
+        part.load_others(adapter_name, {key: others[f"{PREFIX}{name}.{key}"] for key in keys})
+    biases = {key: others[PREFIX + key] for key in trained_biases(root, config, adapter_name) if PREFIX + key in others}
+    if biases:
+        load_biases(root, biases)
+
+
+def fill_layer(layer: LoraLayer, adapter_name: str, name: str, pair: Factors) -> None:
+    """Copy A, B and a magnitude into a LoRA layer whose matrices have these shapes; ``name`` is for messages."""
+    matrices = dict(zip("AB", layer.matrices(adapter_name), strict=True))
+    values = {"A": pair.a.reshape(matrices["A"].shape), "B": pair.b.reshape(matrices["B"].shape)}
+    if adapter_name in layer.lora_magnitude_vector:
+        magnitude: nn.Parameter = layer.lora_magnitude_vector[adapter_name].weight  # type: ignore[assignment]
+        matrices[_MAGNITUDE] = magnitude
+        norms = torch.empty(magnitude.shape, dtype=magnitude.dtype) if pair.magnitude is None else pair.magnitude
+        values[_MAGNITUDE] = norms.reshape(magnitude.shape)
+    base = layer.get_base_layer()
+    first = next(iter((*base.parameters(), *base.buffers())), None)
+    fill_tensors(matrices, values, f"layer '{name}'", None if first is None else first.device)
+    if adapter_name in layer.lora_magnitude_vector and pair.magnitude is None:
+        set_magnitude(layer, adapter_name)
+
+
+def check_fit(
+    root: nn.Module, adapter_name: str, stored: StoredAdapter, config: LoraConfig
+) -> Mapping[str, torch.Tensor]:
+    """What is to be loaded besides LoRA's matrices, if names and shapes are those of the adapter.
+
+    Raises:
+        ArtefactError: as of `put_in`.
+    """
+    pairs = {name: as_matrices(layer, adapter_name) for name, layer in stored_layers(root, adapter_name).items()}
+    wanted = _tensors(pairs)
+    given = _tensors({name: (pair, stored.forms.get(name, Form())) for name, pair in stored.factors.items()})
+    if not any(key.endswith(_MAGNITUDE) for key in given):
+        wanted = {key: tensor for key, tensor in wanted.items() if not key.endswith(_MAGNITUDE)}
+    others = stored_others(root, adapter_name, config)
+    biases = {PREFIX + key for key in trained_biases(root, config, adapter_name)}
+    if not biases & stored.others.keys():
+        others = {key: tensor for key, tensor in others.items() if key not in biases}
+    loaded = {key: tensor for key, tensor in stored.others.items() if key in others}
+    wanted |= others
+    given |= loaded
+    _check_names(stored, wanted, given)
+    for key, tensor in wanted.items():
+        if tensor.shape != given[key].shape:
+            layer, _, parameter = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+            raise ArtefactError(
+                f"the adapter in '{stored.folder}' holds a tensor of shape {tuple(given[key].shape)} for layer "
+                f"'{layer}' ({parameter}), where this model takes {tuple(tensor.shape)}; was it made for another model?"
+            )
+    for key, tensor in stored.others.items():
+        if key not in loaded:
+            _check_spare(root, stored, key, tensor)
+    return loaded
+
+
+def _tensors(pairs: Mapping[str, tuple[Factors, Form]]) -> dict[str, torch.Tensor]:
+    return {
+        f"{PREFIX}{name}{suffix}": tensor
+        for name, (pair, form) in pairs.items()
+        for suffix, tensor in shaped(name, pair, form).items()
+    }
+
+
+def _check_names(stored: StoredAdapter, wanted: Mapping[str, object], given: Mapping[str, torch.Tensor]) -> None:
+    missing = [key for key in wanted if key not in given]
+    unknown = [key for key in given if key not in wanted]
+    if not missing and not unknown:
+        return
+    several = f" and {len(missing or unknown) - 1} more" if len(missing or unknown) > 1 else ""
+    said = (
+        f"lacks '{missing[0]}'{several}, for which this model has a place"
+        if missing
+        else f"holds '{unknown[0]}'{several}, for which this model has no place"
+    )
+    raise ArtefactError(f"the adapter in '{stored.folder}' {said}; was it made for another model?")
+
+
+def _check_spare(root: nn.Module, stored: StoredAdapter, key: str, tensor: torch.Tensor) -> None:
+    """A tensor that nobody trains here: PEFT's debris, or a copy of the base model's own."""
+    name = key.removeprefix(PREFIX)
+    if any(piece in name for piece in _DEBRIS):
+        return
+    own = _own_tensor(root, name)
+    if own is None:
+        raise ArtefactError(
+            f"the adapter in '{stored.folder}' holds '{key}' of shape {tuple(tensor.shape)}, for which this model has "
+            "no place; was it made for another model, or with options that its configuration does not say?"
+        )
+    if own.is_meta:
+        return
+    if own.shape != tensor.shape:
+        raise ArtefactError(
+            f"the adapter in '{stored.folder}' holds the base model's own '{name}' in shape {tuple(tensor.shape)}, "
+            f"where this model has {tuple(own.shape)}: its vocabulary was extended, so do the same "
+            f"(resize_token_embeddings({tensor.shape[0]})) and copy that tensor into the model before loading"
+        )
+    if not torch.equal(own, tensor.to(own)):
+        raise ArtefactError(
+            f"the adapter in '{stored.folder}' holds the base model's own '{name}' with other values than this model "
+            "has: it was trained on another base or after its vocabulary was extended; copy that tensor into the "
+            "model before loading, if it is meant"
+        )
+
+
+def _own_tensor(root: nn.Module, name: str) -> torch.Tensor | None:
+    """A parameter of the base model, whatever parts are around its module."""
+    path, _, parameter = name.replace(".base_layer", "").rpartition(".")
+    try:
+        module = root.get_submodule(path)
+    except AttributeError:
+        return None
+    inner = getattr(module, "get_base_layer", None)
+    base = inner() if callable(inner) else module
+    found = getattr(base, parameter, None)
+    return found.detach() if isinstance(found, nn.Parameter) else None
