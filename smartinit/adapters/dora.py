@@ -234,12 +234,12 @@ def _product(a: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """``A Wᵀ (r, out)`` in the dtype of ``A``, without a copy of a W in another."""
     if matrix.dtype == a.dtype:
         return nn.functional.linear(a, matrix)
-    return torch.cat([nn.functional.linear(a, matrix[rows].to(a.dtype)) for rows in _blocks(matrix, 8)], dim=1)
+    return torch.cat([nn.functional.linear(a, matrix[rows].to(a.dtype)) for rows in _blocks(matrix)], dim=1)
 
 
-def _blocks(matrix: torch.Tensor, factor: int = 1) -> Iterator[slice]:
+def _blocks(matrix: torch.Tensor) -> Iterator[slice]:
     """Slices of the first dimension."""
-    numbers = factor * (_CPU_BLOCK if matrix.device.type == "cpu" else _GPU_BLOCK)
+    numbers = _CPU_BLOCK if matrix.device.type == "cpu" else _GPU_BLOCK
     step = max(1, numbers // max(1, matrix.shape[1]))
     return (slice(first, first + step) for first in range(0, matrix.shape[0], step))
 
