@@ -19,7 +19,9 @@ import torch
 
 from smartinit.adapters.adapted import AdaptedModel
 from smartinit.adapters.conversion import scaling_for
+from smartinit.adapters.experts import ParameterLora
 from smartinit.adapters.start import start_of
+from smartinit.adapters.state import stored_layers
 from smartinit.adapters.storage import fill_adapter
 from smartinit.errors import ArtefactError
 from smartinit.factors import Factors
@@ -102,8 +104,8 @@ def restore_adapters(model: AdaptedModel, folder: str | os.PathLike[str]) -> Non
         MissingFileError: an adapter of the model is not in the folder.
     """
     for name in model.peft_config:
-        stored = read_adapter(_folder_of(folder, name))
-        layers = {path: layer for path, layer in model.lora_layers().items() if layer.has(name)}
+        stored = read_adapter(_folder_of(folder, name), allow_others=True)
+        layers = stored_layers(model.model, name)
         _require_scalings(layers, name, stored)
         _require_starts(layers, name, stored)
         trained = {
@@ -129,16 +131,20 @@ def _trained_part(stored: Factors, start: Start | None, where: str) -> Factors:
             f"{where} was not trained from the start that the model has; apply the artefact that the training began "
             "with before going on from its checkpoint"
         )
-    return Factors(stored.a[:rank], stored.b[:, :rank])
+    return replace(stored, a=stored.a[:rank], b=stored.b[:, :rank])
 
 
 def _require_scalings(layers: dict[str, LoraLayer], adapter_name: str, stored: StoredAdapter) -> None:
     for name, pair in stored.factors.items():
-        said = scaling_for(stored.config, name, pair.rank)
-        if name in layers and abs(said - layers[name].scaling[adapter_name]) > 1e-6 * abs(said):
+        layer = layers.get(name)
+        known, rank = name, pair.rank
+        if isinstance(layer, ParameterLora):  # the matrices have the ranks of all experts
+            known, rank = layer.full_name(name), rank // layer.experts
+        said = scaling_for(stored.config, known, rank)
+        if layer is not None and abs(said - layer.scaling[adapter_name]) > 1e-6 * abs(said):
             raise ArtefactError(
                 f"the checkpoint in '{stored.folder}' has the scaling {said:g} for layer '{name}', where the model "
-                f"has {layers[name].scaling[adapter_name]:g}; make the model with the configuration and the artefact "
+                f"has {layer.scaling[adapter_name]:g}; make the model with the configuration and the artefact "
                 "that the training began with"
             )
 

@@ -83,6 +83,10 @@ class ParameterLora(LoraLayer):
         """None: the module's bias is a parameter of its own."""
         return None
 
+    def full_name(self, path: str) -> str:
+        """The parameter's name in the model without adapters, by which patterns know it, for a part at ``path``."""
+        return f"{path.replace(_WRAPPED, '')}.{self.parameter_name}"
+
     def new_matrices(self, adapter_name: str, r: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
         """Make A ``(E·r, in)`` and B ``(out, r·E)`` of one adapter, without values."""
         super().new_matrices(adapter_name, r * self.experts, device=device, dtype=dtype)
@@ -232,11 +236,7 @@ def add_parameter_layers(
 
 def parameter_names(root: nn.Module) -> dict[str, str]:
     """Module name of each part on a parameter -> name of the parameter in the model without adapters."""
-    return {
-        path: f"{path.replace(_WRAPPED, '')}.{part.parameter_name}"
-        for path, part in root.named_modules()
-        if isinstance(part, ParameterLora)
-    }
+    return {path: part.full_name(path) for path, part in root.named_modules() if isinstance(part, ParameterLora)}
 
 
 def _parameters(root: nn.Module) -> Iterator[tuple[str, tuple[str, nn.Module]]]:

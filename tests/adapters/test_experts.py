@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from smartinit import LoraConfig, LoraModel
+from smartinit.adapters.checkpoints import restore_adapters
 from smartinit.adapters.experts import ParameterLora, parameter_names
 from smartinit.errors import ConfigError, TargetError
 
@@ -439,6 +440,25 @@ def test_names_of_parameters_and_parts() -> None:
     part = model.lora_layers()["model.layers.0.mlp.experts"]
     assert isinstance(part, ParameterLora)
     assert "parameter_name='down_proj'" in repr(part)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_checkpoints_and_meta_weights(
+    low_cpu_mem_usage: bool, tokens: torch.Tensor, tmp_path: Path, randomise: Callable[[nn.Module], None]
+) -> None:
+    patterns = {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {r"layers\.0\.mlp\.experts\.down_proj": 7}}
+    model = LoraModel(mixtral(), LoraConfig(r=2, target_parameters=EXPERTS, **patterns))
+    randomise(model)
+    expected = model(tokens).logits
+    model.save_pretrained(tmp_path)
+    loaded = LoraModel.from_pretrained(mixtral(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(loaded(tokens).logits, expected)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(2)
+    restore_adapters(model, tmp_path)
+    assert torch.equal(model(tokens).logits, expected)
 
 
 @pytest.mark.parametrize("kind", MODELS)
