@@ -47,6 +47,6 @@ def fill_tensors(
         if not kept.is_meta:
             kept.copy_(tensors[key])
             continue
-        value = tensors[key].to(device=device, dtype=kept.dtype)
+        value = tensors[key].to(device=device, dtype=kept.dtype, copy=True)  # it may be a window into a file
         made = nn.Parameter(value, requires_grad=kept.requires_grad) if isinstance(kept, nn.Parameter) else value
         torch.utils.swap_tensors(kept, made)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from smartinit.adapters.dora import BaseNorms, Magnitude, decomposed_update
+from smartinit.adapters.filling import fill_tensors
 from smartinit.adapters.mixed import mixed_update
 from smartinit.adapters.part import AdapterPart
 from smartinit.adapters.start import start_of
@@ -24,7 +25,7 @@ from smartinit.errors import ConfigError
 from smartinit.targets.weight import host_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from typing_extensions import Self
 
@@ -318,6 +319,16 @@ class LoraLayer(AdapterPart):
         else:  # scaling the r numbers of a row costs less than scaling its out_features
             product = self.lora_B[adapter_name](inner * scaling)
         return product
+
+    def other_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """The bias of one adapter's B, with ``lora_bias``."""
+        biased = self.lora_bias.get(adapter_name) and adapter_name in self.lora_B
+        return {"lora_B.bias": cast("torch.Tensor", self.lora_B[adapter_name].bias)} if biased else {}
+
+    def load_others(self, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """The inverse of `other_tensors`, in place."""
+        device = self._any_tensor().device
+        fill_tensors(self.other_tensors(adapter_name), tensors, f"adapter '{adapter_name}'", device)
 
     def base_product(self, x: torch.Tensor) -> torch.Tensor:
         """``W x`` as the base layer computes it, without its bias."""
