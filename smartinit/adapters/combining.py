@@ -3,6 +3,12 @@
 What is computed for each layer is in `smartinit.adapters.combined_factors`. The new adapter has scaling 1 everywhere
 (``lora_alpha = r``, never rank-stabilised), sits where any of the others sits, and is neither active nor trainable. Its
 configuration is the first one's but for rank, alpha, targets and whatever has had its say when the others were made.
+
+What a layer subtracts for an adapter (``base="offset"``) belongs to what the adapter does; a start that the base has
+given up does not, and the base stays as it is. Biases of adapters are added up whatever the type. A module that one of
+the adapters trains whole, or tokens that one of them trains, are taken over unweighted. Refused is what has no sum:
+weight-decomposed adapters (their magnitudes), biases of the base, bare parameters as targets, and several adapters that
+train the same module.
 """
 
 from __future__ import annotations
@@ -194,7 +200,7 @@ def _summands(name: str, layer: LoraLayer, adapters: Sequence[str], weights: Seq
             Summand(
                 adapter,
                 weight,
-                layer.scaling[adapter],
+                float(layer.scaling[adapter]),  # a tensor where adapters are to be swapped
                 a.to(dtype),
                 b.to(dtype),
                 start if start is not None and start.base == "offset" else None,
@@ -256,6 +262,7 @@ def _new_config(model: AdaptedModel, adapters: Sequence[str], ranks: Mapping[str
     config.modules_to_save = sorted({module for one in configs for module in one.modules_to_save or ()}) or None
     tokens = [one.trainable_token_indices for one in configs if one.trainable_token_indices]
     config.trainable_token_indices = tokens[0] if tokens else None
+    config.ensure_weight_tying = any(one.ensure_weight_tying for one in configs)
 
     patterns = compact_patterns(Plan(ranks, ranks))
     config.r, config.lora_alpha = patterns.r, patterns.lora_alpha
@@ -290,7 +297,7 @@ def _fill(name: str, layer: LoraLayer, adapter_name: str, rules: Rules, summands
     overflow = ModelError(f"the combination is not finite in layer '{name}': give smaller weights")
     try:
         found = combined_factors(rules, summands, transposed=transposed)
-    except torch.linalg.LinAlgError as error:  # factors are finite, so a weight has made them overflow
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # finite factors, so a weight is too large
         raise overflow from error
     for weight, values in zip(layer.matrices(adapter_name), found, strict=True):
         weight.copy_(values.reshape(weight.shape))

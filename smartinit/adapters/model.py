@@ -142,7 +142,39 @@ class LoraModel(AdaptedModel):
         density: float | None = None,
         majority_sign_method: Literal["total", "frequency"] = "total",
     ) -> None:
-        """Add a new adapter that combines others; see `smartinit.adapters.combining`."""
+        """Add a new adapter that combines others; it has scaling 1 and is neither active nor trainable.
+
+        ``cat`` and ``svd`` add up what the adapters do, ``Σ wᵢ sᵢ Bᵢ Aᵢ``: exactly, with the sum of their ranks, or as
+        the best approximation of one rank. ``linear`` adds up A's and B's on their own. The others drop entries first,
+        of A and B, or with ``_svd`` of the dense products: the smallest (``magnitude_prune``), then also those of the
+        lighter sign (``ties``, arXiv 2306.01708), or random ones by torch's global generator (``dare_linear``,
+        ``dare_ties``, arXiv 2311.03099). One adapter alone is only scaled. More in `smartinit.adapters.combining`.
+
+        Args:
+            adapters: names of those to combine.
+            weights: one finite number each, negative ones too.
+            adapter_name: a new name.
+            combination_type: see above.
+            svd_rank: rank of what ``svd`` and ``…_svd`` give; None: the adapters' largest. At most what a layer has.
+            svd_clamp: share, above 0.5, of the entries of ``U Σ`` and ``Vᵀ``, each taken with both signs, that lie
+                below the limit to which all are clamped.
+            svd_full_matrices: without effect: what it adds to a decomposition is never used.
+            svd_driver: cuSOLVER's routine for ``…_svd`` on CUDA: the decomposition is dense then. Else without effect.
+            density: share of the entries that is kept, in (0, 1], for the types that drop any.
+            majority_sign_method: whether a sign is elected by the sum of the entries (``"total"``) or their number.
+
+        Raises:
+            UnknownNameError: there is no such adapter.
+            ConfigError: an option that cannot be; different ranks where A's and B's are added; adapters that cannot be
+                combined.
+            ArgumentError: an argument of the wrong kind.
+            ModelError: weights that are not finite or not loaded yet.
+
+            After an error the model is as it was.
+
+        Cost per layer: ``svd`` O((out + in)·q²), q the sum of the ranks; ``…_svd`` four dense matrices (with elected
+        signs one more per adapter) and a truncated decomposition; the others one pass over A and B.
+        """
         combining.add_weighted_adapter(
             self,
             adapters,

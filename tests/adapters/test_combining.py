@@ -590,3 +590,71 @@ def test_adapters_that_have_no_combination(
     with pytest.raises(ConfigError, match=message):
         model.add_weighted_adapter(["0", "1"], [1.0, 1.0], "new")
     assert picture(model) == before
+
+
+class Experts(nn.Module):
+    """A bare parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 6, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(b, 6) -> (3, b, 6)."""
+        return x @ self.weight
+
+
+def test_bare_parameters_have_no_combination() -> None:
+    model = LoraModel(nn.Sequential(nn.Linear(6, 6), Experts()), LoraConfig(r=2, target_modules=["0"]), "0")
+    model.add_adapter("1", LoraConfig(r=2, target_parameters=["1.weight"]))
+    before = picture(model)
+    with pytest.raises(ConfigError, match=r"adapter '1' cannot be combined, because it has target_parameters=.'1.wei"):
+        model.add_weighted_adapter(["0", "1"], [1.0, 1.0], "new", "cat")
+    assert picture(model) == before
+
+
+# -- whole modules and tokens -----------------------------------------------------------------------------------------
+
+OTHERS = {"modules": {"modules_to_save": ["lm_head"]}, "tokens": {"trainable_token_indices": [3, 5]}}
+
+
+@pytest.mark.parametrize("owner", ["0", "1"])
+@pytest.mark.parametrize("others", OTHERS)
+def test_what_one_adapter_trains_beside_its_matrices_is_taken_over(
+    others: str, owner: str, make: Callable, fill: Callable, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    """PEFT gives the new adapter the base model's, whatever the old one has learned."""
+    peft = pytest.importorskip("peft")
+    configs = configs_of("llama")
+    configs[int(owner)] |= OTHERS[others]
+    model = LoraModel(make("llama"), LoraConfig(**configs[0]), "0")
+    model.add_adapter("1", LoraConfig(**configs[1]))
+    fill(model)
+    part = next(part for part in model.parts().values() if part.has(owner) and not hasattr(part, "lora_A"))
+    with torch.no_grad():
+        for parameter in part.parameters_of(owner):
+            parameter.add_(1)
+    model.set_adapter(["0", "1"])
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        model.add_weighted_adapter(["0", "1"], [1.0, 1.0], "new", "cat")
+        assert not any(parameter.requires_grad for parameter in part.parameters_of("new"))
+        model.set_adapter("new")
+        torch.testing.assert_close(model(input_ids=tokens).logits, expected, rtol=1e-4, atol=1e-5)
+        expected = model(input_ids=tokens).logits
+        for parameter in part.parameters_of(owner):
+            parameter.zero_()
+        assert torch.equal(model(input_ids=tokens).logits, expected), "it has a copy of its own"
+        model.save_pretrained(tmp_path, selected_adapters=["new"])
+        theirs = peft.PeftModel.from_pretrained(make("llama"), tmp_path / "new")
+        assert torch.equal(theirs(input_ids=tokens).logits, expected)
+
+
+@pytest.mark.parametrize("others", OTHERS)
+def test_two_adapters_with_the_same_module_are_refused(others: str, make: Callable) -> None:
+    model = LoraModel(make("llama"), LoraConfig(r=2, target_modules=["q_proj"], **OTHERS[others]), "0")
+    model.add_adapter("1", LoraConfig(r=2, target_modules=["q_proj"], **OTHERS[others]))
+    before = picture(model)
+    with pytest.raises(ConfigError, match=r"'0' and '1' both have trained weights of their own for '.*(lm_head|embed)"):
+        model.add_weighted_adapter(["0", "1"], [1.0, 1.0], "new", "cat")
+    assert picture(model) == before
