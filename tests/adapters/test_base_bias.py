@@ -1,0 +1,222 @@
+"""The base model's own biases, trained with an adapter."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from smartinit.adapters import LoraModel
+from smartinit.adapters.base_bias import trained_biases
+from smartinit.config import LoraConfig
+from smartinit.errors import ConfigError
+from tests.adapters.beside_peft import (
+    bert,
+    both,
+    close,
+    dtypes,
+    llama,
+    others_in_file,
+    output,
+    pefts_others,
+    picture,
+    same_step,
+    scatter,
+    trained,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+Q = {"target_modules": ["query", "dense"], "r": 2}
+# PEFT takes the biases of `lora_bias` for matrices of a wrong shape.
+pytestmark = pytest.mark.filterwarnings("ignore:Adapter 'default'. . LoRA tensor.s. have invalid shape")
+# PEFT also saves the biases of a module that is trained whole as it was, and once more under another name.
+DEBRIS = (".original_module.", ".modules_to_save.")
+
+CASES: dict[str, dict[str, Any]] = {
+    "all": {"bias": "all"},
+    "lora_only": {"bias": "lora_only"},
+    "all, with a head": {"bias": "all", "modules_to_save": ["classifier"]},
+    "lora_only, with a head": {"bias": "lora_only", "modules_to_save": ["classifier"]},
+    "all, with biases of LoRA": {"bias": "all", "lora_bias": True},
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Options."""
+    pytest.importorskip("peft")
+    return Q | CASES[request.param]
+
+
+def test_names_outputs_and_gradients_are_pefts(case: dict[str, Any]) -> None:
+    ours, theirs = both(bert, **case)
+    assert dtypes(ours) == dtypes(theirs)
+    assert same_step(ours, theirs)
+    saved = {key: t for key, t in pefts_others(theirs, ours).items() if not any(piece in key for piece in DEBRIS)}
+    assert close(others_in_file(ours), saved, 0)
+
+
+def test_folders_load_in_each_other(case: dict[str, Any], tmp_path: Path) -> None:
+    import peft
+
+    ours, theirs = both(bert, **case)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = LoraModel.from_pretrained(bert(), tmp_path / "theirs")
+    assert close({"": output(loaded)}, {"": output(theirs)})
+    assert close({"": output(peft.PeftModel.from_pretrained(bert(), tmp_path / "ours"))}, {"": output(ours)})
+    with loaded.disable_adapter():
+        assert torch.equal(output(loaded), output(bert()))
+
+
+def test_a_bias_with_two_names_is_one() -> None:
+    make = lambda: bert("BertForMaskedLM")  # noqa: E731
+    ours, theirs = both(make, **Q, bias="all")
+    predictions = ours.model.cls.predictions
+    assert predictions.bias is predictions.decoder.bias
+    assert same_step(ours, theirs)
+    assert close(others_in_file(ours), pefts_others(theirs, ours), 0)
+    ours.unload()
+    assert predictions.bias is predictions.decoder.bias
+
+
+@pytest.fixture(params=["all", "lora_only"])
+def model(request: pytest.FixtureRequest) -> LoraModel:
+    """A model with trained biases, not as they were."""
+    made = LoraModel(bert(), LoraConfig(**Q, bias=request.param))
+    scatter(made)
+    return made
+
+
+def test_without_the_adapter_the_model_has_its_own_biases(model: LoraModel) -> None:
+    base, adapted, weights = output(bert()), output(model), trained(model)
+    assert not torch.equal(base, adapted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT warns that this is not the base
+        with model.disable_adapter():
+            assert torch.equal(output(model), base)
+    assert torch.equal(output(model), adapted)
+    model.disable_adapter_layers()
+    model.set_adapter("default")
+    assert torch.equal(output(model), base)
+    model.enable_adapter_layers()
+    assert torch.equal(output(model), adapted)
+    assert {name: id(p) for name, p in trained(model).items()} == {name: id(p) for name, p in weights.items()}
+
+
+def test_a_pass_without_the_adapter_does_not_disturb_the_gradients_of_one_with_it(model: LoraModel) -> None:
+    """As when a policy is compared with its reference."""
+
+    def gradients(*, reference: bool) -> list[torch.Tensor]:
+        model.zero_grad()
+        loss = output(model).square().sum()
+        if reference:
+            with model.disable_adapter(), torch.no_grad():
+                output(model)
+        loss.backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    assert all(map(torch.equal, gradients(reference=False), gradients(reference=True)))
+
+
+def test_other_adapters_run_with_the_models_own_biases(model: LoraModel) -> None:
+    adapted = output(model)
+    model.add_adapter("two", LoraConfig(**Q))
+    model.set_adapter("two")
+    assert torch.equal(output(model), output(bert()))
+    assert not [name for name in trained(model) if "lora" not in name]
+    held = trained_biases(model.model, model.config_of("default"), "default")
+    assert held
+    assert not [p for p in held.values() if p.requires_grad]
+    assert torch.equal(output(model, adapter_names=["default"] * 3), adapted)
+    assert torch.equal(output(model, adapter_names=["two"] * 3), output(bert()))
+    with pytest.raises(ConfigError, match="all rows of a batch share: give it batches of its own"):
+        output(model, adapter_names=["default", "two", "two"])
+    assert torch.equal(output(model), output(bert()))
+    model.set_adapter("default")
+    assert torch.equal(output(model), adapted)
+    model.set_adapter("two")
+    model.delete_adapter("default")
+    model.add_adapter("three", LoraConfig(**Q, bias="all"))  # the place is free again
+    with pytest.raises(ConfigError, match="adapter 'three' trains the model's biases already"):
+        model.add_adapter("four", LoraConfig(**Q, bias="lora_only"))
+    assert list(model.peft_config) == ["two", "three"]
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_unload_gives_the_very_model_back(bias: Any) -> None:
+    base = bert()
+    base.classifier.requires_grad_(False)
+    before = picture(base)
+    model = LoraModel(base, LoraConfig(**Q, bias=bias))
+    assert picture(base) != before
+    scatter(model)
+    model.merge_adapter()
+    assert model.unload() is base
+    assert picture(base) == before
+
+
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_merging_keeps_the_biases(model: LoraModel, lora_bias: bool) -> None:
+    model = LoraModel(bert(), LoraConfig(**Q, bias=model.config_of("default").bias, lora_bias=lora_bias))
+    model.add_adapter("two", LoraConfig(**Q))
+    scatter(model)
+    base, adapted = output(bert()), output(model)
+    model.set_adapter("two")
+    model.merge_adapter(["default"])
+    assert close({"": output(model)}, {"": adapted}, 1e-5)
+    with model.disable_adapter():
+        assert torch.equal(output(model), base)
+    model.set_adapter("default")
+    assert torch.equal(output(model), adapted)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(output(model), adapted)
+    merged = model.merge_and_unload()
+    assert close({"": output(merged)}, {"": adapted}, 1e-5)
+    assert all(parameter.requires_grad for parameter in merged.parameters())
+
+
+def test_merging_another_adapter_for_good_leaves_the_models_own_biases(model: LoraModel) -> None:
+    model.add_adapter("two", LoraConfig(**Q))
+    assert torch.equal(output(model.merge_and_unload(adapter_names=["two"])), output(bert()))
+
+
+def test_deep_copies_are_whole(model: LoraModel) -> None:
+    adapted, base = output(model), output(bert())
+    twin = copy.deepcopy(model)
+    scatter(model)
+    assert torch.equal(output(twin), adapted)
+    twin.disable_adapter_layers()
+    assert torch.equal(output(twin), base)
+    twin.enable_adapter_layers()
+    assert not torch.equal(output(model), adapted)
+
+
+def test_biases_that_are_out_come_along_when_the_model_is_cast(model: LoraModel) -> None:
+    with model.disable_adapter():
+        model.double()
+    assert output(model).dtype == torch.float64
+    assert torch.equal(output(model.unload()), output(bert().double()))
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (llama, {"target_modules": ["q_proj"], "bias": "all"}, "no bias in the model"),
+        (llama, {"target_modules": ["q_proj"], "bias": "lora_only"}, "no bias in the layers with this adapter"),
+    ],
+)
+def test_a_model_without_biases_is_refused(make: Any, options: dict[str, Any], message: str) -> None:
+    base: nn.Module = make()
+    before = picture(base)
+    with pytest.raises(ConfigError, match=message):
+        LoraModel(base, LoraConfig(**options))
+    assert picture(base) == before
