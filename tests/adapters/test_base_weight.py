@@ -34,6 +34,7 @@ pytestmark = [
 
 HOSTS = ("native", "peft")
 BASES = ("residual", "offset")
+TIED = r"ignore:an adapter trains a layer whose weight is tied:UserWarning"
 
 
 class ConvNet(nn.Module):
@@ -180,7 +181,7 @@ def test_any_scaling(host: str, use_rslora: bool, base: str, make: Callable, tok
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_what_is_left_without_the_adapter(host: str, make: Callable, tokens: torch.Tensor) -> None:
-    """The residual, as in PEFT; with an offset the original, to the bit."""
+    """The residual, as in PEFT, and what our `unload` makes of it; with an offset the original, to the bit."""
     plain = make("llama")
     before, weights = logits(plain, tokens), bits(plain)
     for base in BASES:
@@ -190,9 +191,10 @@ def test_what_is_left_without_the_adapter(host: str, make: Callable, tokens: tor
             disabled = logits(model, tokens)
         assert torch.equal(disabled, before) is (base == "offset")
         unloaded = model.unload()
-        assert torch.equal(logits(unloaded, tokens), disabled)
-        if base == "offset":
+        if base == "offset" or host == "native":
             assert_same_bits(unloaded, weights)
+        else:
+            assert torch.equal(logits(unloaded, tokens), disabled)
 
 
 def test_a_shifted_start_leaves_the_base_alone(make: Callable, tokens: torch.Tensor) -> None:
@@ -424,6 +426,7 @@ def test_pefts_file_of_an_offset_adapter_holds_lora_only(make: Callable, tmp_pat
 # --- a weight that several modules use ------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings(TIED)
 def test_defect_27_a_tied_weight_is_split_once(tiny_llama: Callable, tokens: torch.Tensor) -> None:
     """Embedding and head give up the same product (each in its own orientation), and the weight gives it up once."""
     for host in HOSTS:
@@ -455,6 +458,7 @@ def test_defect_27_replicated_layers_are_split_once(tiny_llama: Callable, tokens
         torch.testing.assert_close(originals[name] - weight_of(layer), factors[name].delta(2.0), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings(TIED)
 @pytest.mark.parametrize("host", HOSTS)
 def test_defect_27_tied_layers_with_different_starts_are_refused(host: str, tiny_llama: Callable) -> None:
     model = wrapped(host, tiny_llama(tie_word_embeddings=True), ["lm_head", "embed_tokens"])
@@ -474,6 +478,7 @@ def test_defect_27_tied_layers_with_different_starts_are_refused(host: str, tiny
     )
 
 
+@pytest.mark.filterwarnings(TIED)
 @pytest.mark.parametrize("host", HOSTS)
 def test_defect_27_a_tied_weight_is_not_split_behind_the_embeddings_back(
     host: str, tiny_llama: Callable, tokens: torch.Tensor
@@ -678,7 +683,7 @@ def test_ctrl_c_in_the_middle_of_a_split_is_undone(
     if base == "residual":
         from smartinit.adapters import base_weight
 
-        monkeypatch.setattr(base_weight, "_BLOCK", 100)  # several blocks in a weight
+        monkeypatch.setattr("smartinit.adapters.weight_change._BLOCK", 100)  # several blocks in a weight
         genuine = base_weight._write
         monkeypatch.setattr(base_weight, "_write", interrupted)
     else:
@@ -772,13 +777,13 @@ def test_channels_last_is_kept(tokens: torch.Tensor) -> None:
 
 
 def test_work_space_does_not_grow_with_the_layer() -> None:
-    from smartinit.adapters.base_weight import _BLOCK, _blocks
+    from smartinit.adapters.weight_change import _BLOCK, blocks
 
     stored = torch.empty(100_000, 4096, device="meta")
-    blocks = list(_blocks(stored))
-    assert all((rows.stop - rows.start) * 4096 <= _BLOCK for rows in blocks)
-    assert (blocks[0].start, blocks[-1].stop >= len(stored)) == (0, True)
-    assert all(one.stop == two.start for one, two in itertools.pairwise(blocks))
+    found = list(blocks(stored))
+    assert all((rows.stop - rows.start) * 4096 <= _BLOCK for rows in found)
+    assert (found[0].start, found[-1].stop) == (0, len(stored))
+    assert all(one.stop == two.start for one, two in itertools.pairwise(found))
 
 
 def test_no_warning_when_all_layers_are_written(make: Callable) -> None:
