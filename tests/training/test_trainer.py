@@ -103,7 +103,7 @@ def test_an_offset_trains_as_a_residual_does_and_resumes(lab, starts, tmp_path):
         {"neftune_noise_alpha": 5.0},
         {"max_grad_norm": 0.01, "optim": "sgd"},
     ],
-    ids=lambda options: "-".join(options),
+    ids="-".join,
 )
 @pytest.mark.filterwarnings("ignore:.*neftune.*")
 def test_options_of_the_trainer_do_what_they_do_with_peft(lab, starts, options, tmp_path):
@@ -173,6 +173,28 @@ def test_two_adapters_are_both_in_a_checkpoint(lab, tmp_path):
     run = lab.train(two(), tmp_path / "run", save_strategy="steps", save_steps=4)
     assert (tmp_path / "run" / "checkpoint-4" / "second" / "adapter_config.json").is_file()
     resumed = lab.train(two(), tmp_path / "again", resume=tmp_path / "run" / "checkpoint-4")
+    assert resumed.losses == run.losses
+    assert_same_weights(resumed.model, run.model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"modules_to_save": ["model.norm"]},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [5, 6, 7]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+    ],
+    ids=lambda options: "-".join(f"{name}={value}" for name, value in options.items()),
+)
+@pytest.mark.filterwarnings("ignore:.*(tied|lora_bias=True).*")
+def test_whatever_an_adapter_trains_is_in_a_checkpoint(lab, options, tmp_path):
+    run = lab.train(lab.ours(**options), tmp_path / "run", save_strategy="steps", save_steps=4)
+    reference = lab.train(lab.theirs(**options), tmp_path / "peft", trainer=transformers.Trainer)
+    assert run.losses == pytest.approx(reference.losses, rel=1e-5)
+    resumed = lab.train(lab.ours(**options), tmp_path / "again", resume=tmp_path / "run" / "checkpoint-4")
     assert resumed.losses == run.losses
     assert_same_weights(resumed.model, run.model)
 

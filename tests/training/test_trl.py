@@ -67,7 +67,7 @@ def test_every_method_trains_as_in_peft_and_resumes(lab, starts, method, tmp_pat
 
 @pytest.mark.parametrize(
     "options", [{"packing": True, "max_length": 24}, {"loss_type": "dft"}, {"label_smoothing_factor": 0.1}],
-    ids=lambda options: "-".join(options),
+    ids="-".join,
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Padding-free training is enabled:UserWarning")
