@@ -186,7 +186,8 @@ def _biases(root: nn.Module, adapter_name: str, *, only_lora: bool) -> list[tupl
             continue
         module, path = part, [name] if name else []
         while isinstance(module, AdapterPart):
-            path.append(_BASE_IN_PEFT.get(type(module), "base_layer"))
+            if module.has(adapter_name):  # whatever other adapters are here, the key is the one of this adapter alone
+                path.append(_BASE_IN_PEFT.get(type(module), "base_layer"))
             module = module.base_layer
         bias = module._parameters.get("bias")  # noqa: SLF001 - the module's own, not one that it answers for
         if bias is not None and bias.is_floating_point():

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from smartinit.formats.peft import StoredAdapter
 
 _MAGNITUDE = "lora_magnitude_vector"
+_WRAPPED = ".base_layer"
 # Where PEFT keeps a module that it trains whole, and its copy: with bias="all" it saves biases from there as well.
 _DEBRIS = (".original_module.", ".modules_to_save.")
 
@@ -88,23 +89,34 @@ def check_fit(
         wanted = {key: tensor for key, tensor in wanted.items() if not key.endswith(_MAGNITUDE)}
     others = stored_others(root, adapter_name, config)
     biases = {PREFIX + key for key in trained_biases(root, config, adapter_name)}
-    if not biases & stored.others.keys():
+    # PEFT writes base_layer around every layer that has any adapter, and here or there other adapters may be around.
+    alone = {key.replace(_WRAPPED, ""): key for key in others if key in biases}
+    named = {key if key in others else alone.get(key.replace(_WRAPPED, ""), key): key for key in stored.others}
+    loaded = {key: stored.others[name] for key, name in named.items() if key in others}
+    if not biases & loaded.keys():
         others = {key: tensor for key, tensor in others.items() if key not in biases}
-    loaded = {key: tensor for key, tensor in stored.others.items() if key in others}
     wanted |= others
     given |= loaded
     _check_names(stored, wanted, given)
     for key, tensor in wanted.items():
         if tensor.shape != given[key].shape:
-            layer, _, parameter = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+            layer, parameter = _layer_and_parameter(key.removeprefix(PREFIX))
             raise ArtefactError(
                 f"the adapter in '{stored.folder}' holds a tensor of shape {tuple(given[key].shape)} for layer "
                 f"'{layer}' ({parameter}), where this model takes {tuple(tensor.shape)}; was it made for another model?"
             )
-    for key, tensor in stored.others.items():
+    for key, name in named.items():
         if key not in loaded:
-            _check_spare(root, stored, key, tensor)
+            _check_spare(root, stored, name, stored.others[name])
     return loaded
+
+
+def _layer_and_parameter(key: str) -> tuple[str, str]:
+    layer, lora, parameter = key.partition(".lora_")
+    if lora:
+        return layer, f"lora_{parameter.removesuffix('.weight')}"
+    layer, _, parameter = key.rpartition(".")
+    return layer, parameter
 
 
 def _tensors(pairs: Mapping[str, tuple[Factors, Form]]) -> dict[str, torch.Tensor]:
