@@ -173,8 +173,8 @@ def combined_factors(
         ``(k, in)`` and ``(out, k)``, kernels flattened or not, k as of `combined_rank`.
 
     Cost: ``stacks`` and ``factors`` one pass over the factors; ``products`` O((out + in)·q²), q the sum of the ranks;
-    ``dense`` four matrices of ``out × in`` in memory at once (with elected signs one more for every adapter) and a
-    truncated decomposition.
+    ``dense`` about five matrices of ``out × in`` in memory at once (with elected signs one more for every adapter)
+    and a truncated decomposition.
     """
     kind = rules.kind
     if kind.adds == "factors":

@@ -172,8 +172,8 @@ class LoraModel(AdaptedModel):
 
             After an error the model is as it was.
 
-        Cost per layer: ``svd`` O((out + in)·q²), q the sum of the ranks; ``…_svd`` four dense matrices (with elected
-        signs one more per adapter) and a truncated decomposition; the others one pass over A and B.
+        Cost per layer: ``svd`` O((out + in)·q²), q the sum of the ranks; ``…_svd`` about five dense matrices (with
+        elected signs one more per adapter) and a truncated decomposition; the others one pass over A and B.
         """
         combining.add_weighted_adapter(
             self,
