@@ -15,9 +15,9 @@ import torch
 
 from smartinit.adapters.conversion import scaling_for
 from smartinit.adapters.experts import ParameterLora
-from smartinit.adapters.layer import LoraLayer
+from smartinit.adapters.loading import put_others_in
 from smartinit.adapters.start import start_of
-from smartinit.adapters.state import stored_layers, stored_others, stored_parts
+from smartinit.adapters.state import stored_layers, stored_others
 from smartinit.errors import ArtefactError, ConfigError
 from smartinit.formats.patterns import compact_patterns
 from smartinit.formats.peft import CONFIG_FILE, read_adapter
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from smartinit.adapters.adapted import AdaptedModel
+    from smartinit.adapters.layer import LoraLayer
     from smartinit.factors import Factors
     from smartinit.formats.peft import StoredAdapter
 
@@ -82,10 +83,7 @@ def hotswap_adapter(model: AdaptedModel, folder: str | os.PathLike[str], adapter
     _check_others(model, adapter_name, stored, layers)
     for name, layer in layers.items():
         _swap(layer, adapter_name, name, stored)
-    for name, part in stored_parts(model.model, adapter_name):
-        if not isinstance(part, LoraLayer):
-            keys = part.other_tensors(adapter_name)
-            part.load_others(adapter_name, {key: stored.others[f"{PREFIX}{name}.{key}"] for key in keys})
+    put_others_in(model.model, adapter_name, stored.others, config)
     _describe(model, adapter_name)
 
 
@@ -212,8 +210,6 @@ def _swap(layer: LoraLayer, adapter_name: str, name: str, stored: StoredAdapter)
             bias.zero_()  # type: ignore[operator]
         return
     _write(a, b, pair.a, pair.b)
-    if bias is not None:
-        bias.copy_(stored.others[f"{PREFIX}{name}.{_BIAS}"])  # type: ignore[operator]
     if pair.magnitude is not None:
         magnitude: Any = layer.lora_magnitude_vector[adapter_name].weight
         magnitude.copy_(pair.magnitude.reshape(magnitude.shape))

@@ -50,9 +50,15 @@ def put_in(root: nn.Module, adapter_name: str, stored: StoredAdapter, config: Lo
     others = check_fit(root, adapter_name, stored, config)
     for name, layer in layers.items():
         fill_layer(layer, adapter_name, name, stored.factors[name])
+    put_others_in(root, adapter_name, others, config)
+
+
+def put_others_in(root: nn.Module, adapter_name: str, others: Mapping[str, torch.Tensor], config: LoraConfig) -> None:
+    """Copy what an adapter has besides LoRA's matrices and magnitudes; parts and biases without a tensor stay."""
     for name, part in stored_parts(root, adapter_name):
-        keys = part.other_tensors(adapter_name)
-        part.load_others(adapter_name, {key: others[f"{PREFIX}{name}.{key}"] for key in keys})
+        keys = {key: f"{PREFIX}{name}.{key}" for key in part.other_tensors(adapter_name)}
+        if all(key in others for key in keys.values()):
+            part.load_others(adapter_name, {key: others[full] for key, full in keys.items()})
     biases = {key: others[PREFIX + key] for key in trained_biases(root, config, adapter_name) if PREFIX + key in others}
     if biases:
         load_biases(root, biases)
