@@ -208,6 +208,7 @@ class AdaptedModel(nn.Module):
             self._show_biases()
 
     def _inject(self, adapter_name: str, config: LoraConfig, *, low_cpu_mem_usage: bool) -> None:
+        merging.check_unmerged(self.model, adapter_name, config)
         check_biases(config, self.peft_config)
         config = with_ties(self.model, with_task_heads(config))
         inject(self.model, adapter_name, config, device="meta" if low_cpu_mem_usage else None)

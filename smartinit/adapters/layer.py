@@ -393,11 +393,13 @@ class LoraLayer(AdapterPart):
         """What merging one adapter does to the base layer: its weight, and with ``lora_bias`` its bias.
 
         Raises:
-            ConfigError: the adapter has a bias and the base layer has none; the base layer is a grouped convolution.
+            ConfigError: the adapter has a bias and the base layer has none; the adapter has no values yet.
         """
         base = self.get_base_layer()
-        if getattr(base, "groups", 1) != 1:
-            raise ConfigError(f"adapter '{adapter_name}' cannot be merged into a convolution with groups={base.groups}")
+        if any(matrix.is_meta for matrix in self.parameters_of(adapter_name)):
+            raise ConfigError(
+                f"adapter '{adapter_name}' is on the meta device (low_cpu_mem_usage), without values: load it first"
+            )
         left, right = self.delta_factors(adapter_name)
         magnitude = None
         if adapter_name in self.lora_magnitude_vector:

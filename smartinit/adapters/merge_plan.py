@@ -131,8 +131,8 @@ def _users(root: nn.Module) -> dict[int, list[tuple[str, nn.Module, str, Any, li
     modules = dict(root.named_modules(remove_duplicate=False))
     for path, module in modules.items():
         outer, around = path, []
-        while outer.endswith(_INSIDE) and isinstance(modules[outer.removesuffix(_INSIDE)], AdapterPart):
-            outer = outer.removesuffix(_INSIDE)
+        while f".{outer}".endswith(_INSIDE) and isinstance(modules[outer[: -len(_INSIDE)]], AdapterPart):
+            outer = outer[: -len(_INSIDE)]
             around.append(modules[outer])
         for name, parameter in module._parameters.items():  # noqa: SLF001 - named_parameters leaves out the repeated
             if parameter is not None and not parameter.is_meta and parameter.numel():

@@ -41,15 +41,17 @@ class MergedWeight:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the original back, bit for bit, on the device where the parameter is now."""
+        """Put the original back, bit for bit; where the model has been moved or cast meanwhile, so is the original."""
+        if self.values is not None:
+            self.original.copy_(self.values)
         for module, name in self.places:
             now: torch.Tensor = getattr(module, name)
-            if self.values is not None:
-                now.copy_(self.values)
-            elif now is not self.original:
-                if self.original.device != now.device:  # the model has moved in the meantime
-                    self.original.data = self.original.data.to(now.device)
-                setattr(module, name, self.original)
+            # An adapter that trains the model's own biases puts them in and out of their places.
+            if now is self.original or (self.values is not None and name == "bias"):
+                continue
+            if (self.original.device, self.original.dtype) != (now.device, now.dtype):
+                self.original.data = self.original.data.to(now.device, now.dtype)
+            setattr(module, name, self.original)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MergedWeight:
         """A copied model has modules of its own; the values before merging are never written to, so one copy serves."""

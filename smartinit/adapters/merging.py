@@ -23,13 +23,14 @@ from smartinit.adapters.injection import parts_of_model
 from smartinit.adapters.merge_plan import groups_of, require_changeable, slots_of
 from smartinit.adapters.merged_weight import MergedWeight
 from smartinit.adapters.weight_change import changed
-from smartinit.errors import ModelError
+from smartinit.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from smartinit.adapters.merge_plan import Slot
     from smartinit.adapters.part import AdapterPart
+    from smartinit.config import LoraConfig
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def merge_adapters(
     Cost: of one weight, see `smartinit.adapters.weight_change.changed`; host memory for the originals.
     """
     parts = parts_of_model(root)
-    merged = list(dict.fromkeys(name for part in parts.values() for name in part.merged_adapters))
+    merged = _merged(parts)
     new = [name for name in dict.fromkeys(adapter_names) if name not in merged]
     if merged:
         also = f", and {', '.join(new)} is now merged as well" if new else "; nothing is left to do"
@@ -61,6 +62,23 @@ def merge_adapters(
     if new:
         with _undone_on_error(parts):
             _merge(root, parts, [*merged, *new], safe_merge=safe_merge, progressbar=progressbar)
+
+
+def check_unmerged(root: nn.Module, adapter_name: str, config: LoraConfig) -> None:
+    """Refuse a new adapter that starts from what the base model is, while the base model is another one.
+
+    Raises:
+        ConfigError: adapters are merged, and the new one has magnitudes, biases, rows or modules of the base.
+    """
+    merged = _merged(parts_of_model(root))
+    reads = [name for name in ("use_dora", "modules_to_save", "trainable_token_indices") if getattr(config, name)]
+    if config.bias != "none":
+        reads.append("bias")
+    if merged and reads:
+        raise ConfigError(
+            f"adapter '{adapter_name}' has {reads[0]}={getattr(config, reads[0])!r}, which starts from values of the base "
+            f"model, but {', '.join(merged)} is merged into these: call unmerge_adapter() first"
+        )
 
 
 @torch.no_grad()
@@ -93,7 +111,7 @@ def merge_into(
         As `merge_adapters`.
     """
     parts = parts_of_model(root)
-    merged = list(dict.fromkeys(name for part in parts.values() for name in part.merged_adapters))
+    merged = _merged(parts)
     names = list(dict.fromkeys([*merged, *adapter_names]))
     with _undone_on_error(parts):
         if set(names) != set(merged):
@@ -116,6 +134,11 @@ def merge_into(
         part.merged_weights.clear()  # the copies are of no use any more
     for parameter in root.parameters():
         parameter.requires_grad_(id(parameter) in trained)
+
+
+def _merged(parts: Mapping[str, AdapterPart]) -> list[str]:
+    """The adapters that are merged anywhere, in their order."""
+    return list(dict.fromkeys(name for part in parts.values() for name in part.merged_adapters))
 
 
 def _merge(

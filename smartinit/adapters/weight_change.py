@@ -76,8 +76,9 @@ class LowRankChange:
         left, right = self.left.to(device, dtype), self.right.to(device, dtype)
 
         def add(values: torch.Tensor, rows: slice) -> torch.Tensor:
-            product = left[rows] @ (right if right.dim() == left[rows].dim() == 2 else right[rows])  # noqa: PLR2004
-            return values + product.reshape(values.shape)
+            if left.dim() == 2:  # noqa: PLR2004 - a matrix
+                return torch.addmm(values.flatten(1), left[rows], right).view_as(values)
+            return torch.baddbmm(values, left[rows], right[rows])
 
         if self.magnitude is None:
             return add

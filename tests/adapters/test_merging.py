@@ -288,6 +288,36 @@ def test_a_layer_unmerges_by_itself(ids: torch.Tensor) -> None:
     assert_same(model.model, before)
 
 
+def test_a_layer_alone() -> None:
+    layer = adapted(EveryKind(), *OPTIONS["bias"]).lora_layers()["linear"]
+    before, x = state(layer), torch.randn(2, 8)
+    outputs = layer(x)
+    merging.merge_adapters(layer, ["default"])
+    assert layer.merged
+    assert_close(layer(x), outputs, 1e-5)
+    layer.unmerge()
+    assert_same(layer, before)
+
+
+@pytest.mark.parametrize("option", [{"use_dora": True}, {"trainable_token_indices": {"embed": [1]}}, {"bias": "all"}])
+def test_what_reads_the_base_is_not_added_while_it_is_another(option: dict[str, Any], ids: torch.Tensor) -> None:
+    """DoRA's magnitudes would be those of the merged weight, and wrong once it is unmerged."""
+    model = adapted(EveryKind(), ["linear"], {"default": {}})
+    model.merge_adapter()
+    with pytest.raises(ConfigError, match=f"'new' has {next(iter(option))}=.* but default is merged into these"):
+        model.add_adapter("new", LoraConfig(target_modules=["linear"], **option))
+    assert list(model.peft_config) == ["default"]
+    model.add_adapter("new", LoraConfig(target_modules=["linear"]))
+    model.unmerge_adapter()
+    model.add_adapter("another", LoraConfig(target_modules=["linear"], **option))
+
+
+def test_an_adapter_without_values_is_refused() -> None:
+    model = si.LoraModel(EveryKind(), LoraConfig(target_modules=["head"]), low_cpu_mem_usage=True)
+    with pytest.raises(ConfigError, match="layer 'head': adapter 'default' is on the meta device"):
+        model.merge_adapter()
+
+
 def test_bad_names() -> None:
     model = adapted(EveryKind(), *OPTIONS["plain"])
     with pytest.raises(UnknownNameError, match="no adapter 'other'"):
@@ -346,10 +376,10 @@ def test_computed_and_absent_weights_are_refused() -> None:
     nn.utils.parametrizations.orthogonal(net.linear)
     with pytest.raises(ModelError, match=r"layer 'linear': .* no parameter of its own, expected an ordinary tensor"):
         adapted(net, ["linear"], {"default": {}}).merge_adapter()
-    net = EveryKind()
-    net.linear.to("meta")
+    model = adapted(EveryKind(), ["linear"], {"default": {}})
+    model.model.linear.base_layer.to("meta")  # as a library does that loads layers when they are called
     with pytest.raises(ModelError, match="on meta"):
-        adapted(net, ["linear"], {"default": {}}).merge_adapter()
+        model.merge_adapter()
 
 
 def test_a_module_in_two_places_is_refused(ids: torch.Tensor) -> None:
@@ -523,6 +553,9 @@ def test_tied_weights_with_different_updates_are_untied(
         assert_same(one, before)
         assert torch.equal(one(tokens).logits, expected)
     assert model.get_input_embeddings().weight is shared
+    model.merge_adapter()
+    model.to(torch.bfloat16).unmerge_adapter()
+    assert_same(model, {name: tensor.bfloat16() for name, tensor in before.items()})
 
 
 @pytest.mark.filterwarnings(TIED)
