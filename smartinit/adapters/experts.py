@@ -25,7 +25,7 @@ from smartinit.adapters.layer import LoraLayer
 from smartinit.adapters.part import AdapterPart
 from smartinit.adapters.start import start_of
 from smartinit.config.checks import closest, require
-from smartinit.errors import ConfigError, TargetError
+from smartinit.errors import ConfigError, ModelError, TargetError
 from smartinit.targets.patterns import alpha_for, rank_for
 from smartinit.targets.weight import host_of
 
@@ -109,8 +109,17 @@ class ParameterLora(LoraLayer):
 
         The matrices are rounded to that dtype first, as in PEFT: the product is then summed inside one kernel, and
         no second tensor of the parameter's size is held. O(E·out·in·r) each.
+
+        Raises:
+            ModelError: the parameter is on the meta device and the adapter is not: it is offloaded, and would be
+                fetched in place of the sum.
         """
         weight = self.weight
+        if weight.is_meta and not self.matrices(adapter_names[0])[0].is_meta:
+            raise ModelError(
+                f"parameter '{self.parameter_name}' of a {type(self.get_base_layer()).__name__} is offloaded (on the "
+                "meta device), so no adapter can be added to it; keep the modules with target_parameters in memory"
+            )
         total = self._stacked(weight)
         # Under autocast the product would come in another dtype than the parameter's.
         with torch.autocast(device_type=weight.device.type, enabled=False):
@@ -199,7 +208,8 @@ def add_parameter_layers(
     """Put the parts of one adapter into a model; nothing where the configuration asks for none.
 
     An entry of ``target_parameters`` is the whole name of a parameter or a dotted ending of it, as in PEFT;
-    ``rank_pattern`` and ``alpha_pattern`` are matched with the parameter's name.
+    ``rank_pattern`` and ``alpha_pattern`` are matched with the parameter's name. ``exclude_modules`` and
+    ``layers_to_transform`` choose among layers only.
 
     Args:
         root: the model, possibly with parts of other adapters in it.
