@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smartinit.adapters import LoraModel, dora
 from smartinit.adapters.attach import write_factors
-from smartinit.adapters.dora import magnitude_quotient, row_norms, squared_norms
+from smartinit.adapters.dora import decomposed_update, magnitude_quotient, row_norms, squared_norms
 from smartinit.adapters.fake_quant import FakeQuantLinear
 from smartinit.adapters.kinds import wrap
 from smartinit.config import LoraConfig
@@ -144,6 +144,19 @@ def test_the_norm_of_a_large_layer_to_seven_digits(seed: int) -> None:
         close(squared_norms(matrix), matrix.double().square().sum(1), 1e-14)
 
 
+def test_autocast_rounds_neither_norm_nor_sum(seed: int) -> None:
+    torch.manual_seed(seed)
+    layer = moved(decomposed(nn.Linear(60, 10, bias=False)))
+    x = torch.randn(40, 60)
+    norms = row_norms(layer, "default")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(row_norms(layer, "default"), norms)
+        base, product = layer.base_layer(x), layer.product("default", x)
+        assert base.dtype == product.dtype == torch.bfloat16
+        out = decomposed_update(layer, "default", x, base)
+    close(out, (base.double() + product.double()) * magnitude_quotient(layer, "default"))
+
+
 def test_rows_without_direction() -> None:
     """A row of zeros has no direction; one that the adapter cancels has next to none."""
     base = nn.Linear(6, 4)
@@ -179,6 +192,17 @@ def another_parameter(layer: LoraLayer) -> LoraLayer:
 
 def other_data(layer: LoraLayer) -> LoraLayer:
     layer.base_layer.weight.data = layer.base_layer.weight.data * 3
+    return layer
+
+
+def same_memory(layer: LoraLayer) -> LoraLayer:
+    version = layer.base_layer.weight._version
+    data = layer.base_layer.weight.data.mul_(3)
+    layer.base_layer.weight = nn.Parameter(data)
+    while layer.base_layer.weight._version < version:
+        with torch.no_grad():
+            layer.base_layer.weight.mul_(1)
+    assert layer.base_layer.weight._version == version
     return layer
 
 
@@ -226,6 +250,7 @@ def copied(layer: LoraLayer) -> LoraLayer:
         in_place,
         another_parameter,
         other_data,
+        same_memory,
         data_and_forget,
         data_and_train,
         data_and_move,
