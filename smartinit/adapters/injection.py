@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from smartinit.adapters.base_bias import add_biases, drop_biases
-from smartinit.adapters.experts import ParameterLora, add_parameter_layers
+from smartinit.adapters.experts import ParameterLora
 from smartinit.adapters.kinds import wrap
 from smartinit.adapters.layer import LoraLayer
+from smartinit.adapters.parameter_targets import add_parameter_layers
 from smartinit.adapters.part import AdapterPart
 from smartinit.adapters.saved_modules import add_saved_modules
 from smartinit.adapters.stand_in import Places
@@ -101,7 +102,8 @@ def _add_lora_layers(root: nn.Module, adapter_name: str, config: LoraConfig, dev
                 f"'{name}' has an adapter on its parameter '{module.parameter_name}': use target_parameters"
             )
         layer = module if isinstance(module, LoraLayer) else wrap(name, module)
-        layer.train(module.training)
+        if layer.training != module.training:  # it tells every module inside, one by one
+            layer.train(module.training)
         named = ties.embedding if ties is not None and name in tied else name
         layer.update_layer(adapter_name, rank_for(config, named), alpha_for(config, named), config, device=device)
         if named != name:
