@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from smartinit.config import LoraConfig
 
 # What PEFT calls the module inside such a part, where it has another name for it.
-_BASE_IN_PEFT: dict[type[AdapterPart], str] = {SavedModule: "original_module", TrainedTokens: "token_adapter.base_layer"}
+_BASE_IN_PEFT: dict[type[AdapterPart], str] = {
+    SavedModule: "original_module",
+    TrainedTokens: "token_adapter.base_layer",
+}
 
 
 @dataclass(eq=False)

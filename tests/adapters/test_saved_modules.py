@@ -155,19 +155,20 @@ def test_each_adapter_has_a_copy_of_its_own() -> None:
 def test_rows_of_a_batch_with_different_adapters() -> None:
     model = saved(modules_to_save=["lm_head", "embed_tokens"])
     model.add_adapter("two", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    expected = []
+    batch = torch.cat([tokens(), tokens()[:1].flip(1)])
+    alone = {}
     for name in ("default", "two"):
         model.set_adapter(name)
         scatter(model)
-        expected.append(output(model))
-    rows = output(model, adapter_names=["two", "__base__", "default"])
+        alone[name] = output(model, input_ids=batch)
     with model.disable_adapter():
-        base = output(model)
-    assert close(
-        {"0": rows[0], "1": rows[1], "2": rows[2]}, {"0": expected[1][0], "1": base[1], "2": expected[0][2]}, 1e-5
-    )
+        alone["__base__"] = output(model, input_ids=batch)
+    names = ["two", "__base__", "default", "two"]
+    rows = output(model, input_ids=batch, adapter_names=names)
+    expected = torch.stack([alone[name][row] for row, name in enumerate(names)])
+    assert close({"": rows}, {"": expected}, 1e-5)
     with pytest.raises(ArgumentError, match="4 entries for a batch of 3 rows"):
-        output(model, adapter_names=["two", "two", "default", "two"])
+        output(model, adapter_names=names)
 
 
 def test_rows_of_a_module_that_takes_several_tensors() -> None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-SOME = [int(token) for token in tokens()[1, [4, 0, 2]]]  # in no order, all of them in the batch
+SOME = sorted({int(token) for token in tokens()[1, [4, 0, 2]]}, reverse=True)  # all of them in the batch
 Q = {"target_modules": ["q_proj"]}
 
 
@@ -243,6 +243,11 @@ def test_merging_writes_the_rows_and_unloading_gives_the_model_back(make: Callab
     with model.disable_adapter():
         assert torch.equal(output(model), plain)
     assert torch.equal(output(model), expected)
+    model.merge_adapter()
+    for part in model.parts().values():
+        part.disable_adapters = True
+    assert torch.equal(output(model), plain)
+    model.enable_adapter_layers()
     model.merge_adapter()
     model.unload()
     assert picture(base) == before
