@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
 from smartinit.adapters.bare import bare_module_names
+from smartinit.adapters.fake_quant import FakeQuantLinear
 from smartinit.adapters.host import factor_parameters
 from smartinit.adapters.kinds import Conv1D, Linear, low_rank_product, wrap
 from smartinit.config import LoraConfig
@@ -268,3 +269,69 @@ def test_the_default_start_of_an_embedding_is_pefts() -> None:
 def test_other_modules_are_refused(module: nn.Module) -> None:
     with pytest.raises(ConfigError, match=f"'x' is a {type(module).__name__}; adapters exist for"):
         wrap("x", module)
+
+
+def test_an_adapter_is_trained_on_a_quantised_layer(seed: int) -> None:
+    torch.manual_seed(seed)
+    base = FakeQuantLinear.from_linear(nn.Linear(64, 16))
+    layer = wrap("x", base)
+    layer.update_layer("default", 3, 6.0, LoraConfig(r=3))
+    layer.set_adapter(["default"])
+    x = torch.randn(4, 64)
+    assert torch.equal(layer(x), base(x))
+    layer(x).square().sum().backward()
+    assert layer.matrices("default")[1].grad.count_nonzero() > 0
+    assert base.weight.grad is None
+
+
+def test_a_quantised_layer_is_known_by_its_name_and_sizes() -> None:
+    """As quantisation libraries write theirs: no subclass of ``nn.Linear``, and no parameter called weight."""
+
+    class PackedLinear(nn.Module):
+        in_features, out_features = 6, 10
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("qweight", torch.zeros(30, dtype=torch.int32))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.new_ones(*x.shape[:-1], 10)
+
+    layer = wrap("x", PackedLinear())
+    layer.update_layer("default", 2, 2.0, LoraConfig(init_lora_weights=False))
+    layer.set_adapter(["default"])
+    a, b = layer.matrices("default")
+    assert (a.shape, b.shape, a.dtype) == ((2, 6), (10, 2), torch.float32)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(layer(x), 1 + x @ a.T @ b.T)
+
+
+def test_what_fan_in_fan_out_says_is_seen_in_the_layer() -> None:
+    options = LoraConfig(fan_in_fan_out=True)
+    wrap("x", TransformersConv1D(10, 6)).update_layer("default", 2, 2.0, options)
+    wrap("x", TransformersConv1D(10, 6)).update_layer("default", 2, 2.0, LoraConfig())
+    with pytest.warns(UserWarning, match=r"fan_in_fan_out=True is passed over: a torch\.nn\.Linear"):
+        wrap("x", nn.Linear(6, 10)).update_layer("default", 2, 2.0, options)
+
+
+@pytest.mark.parametrize("module", [nn.Linear(4, 4, bias=False), nn.Conv1d(4, 4, 1, bias=False)])
+def test_a_bias_that_cannot_be_merged_is_said(module: nn.Module) -> None:
+    with pytest.warns(UserWarning, match=f"adapter of a {type(module).__name__} that has none itself"):
+        wrap("x", module).update_layer("default", 2, 2.0, LoraConfig(lora_bias=True))
+
+
+def test_an_embedding_has_no_bias() -> None:
+    layer = wrap("x", nn.Embedding(9, 4))
+    with pytest.raises(ConfigError, match="cannot be used with an embedding"):
+        layer.update_layer("default", 2, 2.0, LoraConfig(lora_bias=True))
+    assert layer.adapters() == []
+
+
+def test_rows_of_other_adapters_stay_in_the_wider_dtype(seed: int) -> None:
+    """Half precision is rounded once, after the adapter was added."""
+    torch.manual_seed(seed)
+    layer = layer_of("linear", dtype=torch.bfloat16)
+    x = torch.randn(3, 6, dtype=torch.bfloat16)
+    whole, mixed = layer(x), layer(x, adapter_names=["default", "__base__", "default"])
+    assert torch.equal(mixed[[0, 2]], whole[[0, 2]])
+    assert torch.equal(mixed[1], layer.base_layer(x)[1])

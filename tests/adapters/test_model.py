@@ -161,7 +161,7 @@ def test_a_failing_second_adapter_leaves_the_first(tiny_llama: Callable, tokens:
     [
         ({"target_modules": ["nothing"]}, TargetError, "nothing"),
         ({"target_modules": ["norm"]}, SmartinitError, "'model.norm' is a LlamaRMSNorm"),
-        ({"target_modules": ["q_proj"], "use_dora": True}, ConfigError, "use_dora=True is not supported"),
+        ({"target_modules": ["embed_tokens"], "lora_bias": True}, ConfigError, "cannot be used with an embedding"),
         ({"target_modules": ["q_proj"], "bias": "all"}, ConfigError, "no bias in the model"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_hed"]}, TargetError, "closest: 'lm_head'"),
     ],
