@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from smartinit.adapters.base_bias import trained_biases
 from smartinit.adapters.conversion import scaling_for
 from smartinit.adapters.experts import ParameterLora
 from smartinit.adapters.loading import put_others_in
 from smartinit.adapters.start import start_of
-from smartinit.adapters.state import stored_layers, stored_others
+from smartinit.adapters.state import stored_layers, stored_others, stored_parts
 from smartinit.errors import ArtefactError, ConfigError
 from smartinit.formats.patterns import compact_patterns
 from smartinit.formats.peft import CONFIG_FILE, read_adapter
@@ -83,7 +84,8 @@ def hotswap_adapter(model: AdaptedModel, folder: str | os.PathLike[str], adapter
     _check_others(model, adapter_name, stored, layers)
     for name, layer in layers.items():
         _swap(layer, adapter_name, name, stored)
-    put_others_in(model.model, adapter_name, stored.others, config)
+    parts = stored_parts(model.model, adapter_name)
+    put_others_in(model.model, adapter_name, stored.others, parts, trained_biases(model.model, config, adapter_name))
     _describe(model, adapter_name)
 
 

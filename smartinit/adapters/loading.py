@@ -10,14 +10,15 @@ from torch import nn
 from smartinit.adapters.base_bias import load_biases, trained_biases
 from smartinit.adapters.filling import fill_tensors
 from smartinit.adapters.magnitude import set_magnitude
-from smartinit.adapters.state import as_matrices, stored_layers, stored_others, stored_parts
+from smartinit.adapters.state import as_matrices, layers_among, others_among, stored_parts
 from smartinit.errors import ArtefactError
 from smartinit.formats.tensors import PREFIX, Form, shaped
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from smartinit.adapters.layer import LoraLayer
+    from smartinit.adapters.part import AdapterPart
     from smartinit.config import LoraConfig
     from smartinit.factors import Factors
     from smartinit.formats.peft import StoredAdapter
@@ -46,22 +47,37 @@ def put_in(root: nn.Module, adapter_name: str, stored: StoredAdapter, config: Lo
         ArtefactError: a tensor is missing, or has no place here, or another shape; the first is named, and nothing was
             changed. Base embeddings that PEFT saves along must be this model's.
     """
-    layers = stored_layers(root, adapter_name)
-    others = check_fit(root, adapter_name, stored, config)
-    for name, layer in layers.items():
+    parts = stored_parts(root, adapter_name)
+    biases = trained_biases(root, config, adapter_name)
+    others = _fitting_others(root, adapter_name, stored, parts, biases)
+    for name, layer in layers_among(parts).items():
         fill_layer(layer, adapter_name, name, stored.factors[name])
-    put_others_in(root, adapter_name, others, config)
+    put_others_in(root, adapter_name, others, parts, biases)
 
 
-def put_others_in(root: nn.Module, adapter_name: str, others: Mapping[str, torch.Tensor], config: LoraConfig) -> None:
-    """Copy what an adapter has besides LoRA's matrices and magnitudes; parts and biases without a tensor stay."""
-    for name, part in stored_parts(root, adapter_name):
+def put_others_in(
+    root: nn.Module,
+    adapter_name: str,
+    others: Mapping[str, torch.Tensor],
+    parts: Sequence[tuple[str, AdapterPart]],
+    biases: Iterable[str],
+) -> None:
+    """Copy what an adapter has besides LoRA's matrices and magnitudes; parts and biases without a tensor stay.
+
+    Args:
+        root: the model.
+        adapter_name: which adapter.
+        others: tensors by their full keys.
+        parts: the adapter's `stored_parts`.
+        biases: keys of the biases that it trains.
+    """
+    for name, part in parts:
         keys = {key: f"{PREFIX}{name}.{key}" for key in part.other_tensors(adapter_name)}
-        if all(key in others for key in keys.values()):
+        if keys and all(key in others for key in keys.values()):
             part.load_others(adapter_name, {key: others[full] for key, full in keys.items()})
-    biases = {key: others[PREFIX + key] for key in trained_biases(root, config, adapter_name) if PREFIX + key in others}
-    if biases:
-        load_biases(root, biases)
+    given = {key: others[PREFIX + key] for key in biases if PREFIX + key in others}
+    if given:
+        load_biases(root, given)
 
 
 def fill_layer(layer: LoraLayer, adapter_name: str, name: str, pair: Factors) -> None:
@@ -80,21 +96,25 @@ def fill_layer(layer: LoraLayer, adapter_name: str, name: str, pair: Factors) ->
         set_magnitude(layer, adapter_name)
 
 
-def check_fit(
-    root: nn.Module, adapter_name: str, stored: StoredAdapter, config: LoraConfig
+def _fitting_others(
+    root: nn.Module,
+    adapter_name: str,
+    stored: StoredAdapter,
+    parts: Sequence[tuple[str, AdapterPart]],
+    trained: Mapping[str, torch.Tensor],
 ) -> Mapping[str, torch.Tensor]:
     """What is to be loaded besides LoRA's matrices, if names and shapes are those of the adapter.
 
     Raises:
         ArtefactError: as of `put_in`.
     """
-    pairs = {name: as_matrices(layer, adapter_name) for name, layer in stored_layers(root, adapter_name).items()}
+    pairs = {name: as_matrices(layer, adapter_name) for name, layer in layers_among(parts).items()}
     wanted = _tensors(pairs)
     given = _tensors({name: (pair, stored.forms.get(name, Form())) for name, pair in stored.factors.items()})
     if not any(key.endswith(_MAGNITUDE) for key in given):
         wanted = {key: tensor for key, tensor in wanted.items() if not key.endswith(_MAGNITUDE)}
-    others = stored_others(root, adapter_name, config)
-    biases = {PREFIX + key for key in trained_biases(root, config, adapter_name)}
+    others = others_among(parts, adapter_name, trained)
+    biases = {PREFIX + key for key in trained}
     # PEFT writes base_layer around every layer that has any adapter, and here or there other adapters may be around.
     alone = {key.replace(_WRAPPED, ""): key for key in others if key in biases}
     named = {key if key in others else alone.get(key.replace(_WRAPPED, ""), key): key for key in stored.others}

@@ -18,7 +18,7 @@ from smartinit.formats.tensors import PREFIX, Form
 from smartinit.planning.plan import Plan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import torch
     from torch import nn
@@ -61,7 +61,12 @@ def stored_parts(root: nn.Module, adapter_name: str) -> list[tuple[str, AdapterP
 
 def stored_layers(root: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     """Name in files -> LoRA layer, of those that have one adapter."""
-    return {name: part for name, part in stored_parts(root, adapter_name) if isinstance(part, LoraLayer)}
+    return layers_among(stored_parts(root, adapter_name))
+
+
+def layers_among(parts: Iterable[tuple[str, AdapterPart]]) -> dict[str, LoraLayer]:
+    """The LoRA layers among `stored_parts`."""
+    return {name: part for name, part in parts if isinstance(part, LoraLayer)}
 
 
 def stored_others(root: nn.Module, adapter_name: str, config: LoraConfig) -> dict[str, torch.Tensor]:
@@ -72,12 +77,19 @@ def stored_others(root: nn.Module, adapter_name: str, config: LoraConfig) -> dic
         adapter_name: which adapter.
         config: its configuration.
     """
+    return others_among(stored_parts(root, adapter_name), adapter_name, trained_biases(root, config, adapter_name))
+
+
+def others_among(
+    parts: Iterable[tuple[str, AdapterPart]], adapter_name: str, biases: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What `stored_parts` have of one adapter besides matrices and magnitudes, and its biases, by their full keys."""
     found = {
         f"{PREFIX}{name}.{key}": tensor
-        for name, part in stored_parts(root, adapter_name)
+        for name, part in parts
         for key, tensor in part.other_tensors(adapter_name).items()
     }
-    return found | {PREFIX + key: bias for key, bias in trained_biases(root, config, adapter_name).items()}
+    return found | {PREFIX + key: bias for key, bias in biases.items()}
 
 
 def adapter_state(layers: Mapping[str, LoraLayer], adapter_name: str, *, plain: bool = True) -> AdapterState:
