@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,6 +20,9 @@ trl = pytest.importorskip("trl")
 if TYPE_CHECKING:
     from pathlib import Path
 
+# A few hundred make a real run of it (minutes).
+STEPS = int(os.environ.get("SMARTINIT_TRAINING_STEPS", "4"))
+HALF = STEPS // 2
 pytestmark = [
     pytest.mark.filterwarnings("ignore:PiSSA changes the base weights"),
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning"),
@@ -34,7 +38,7 @@ def fine_tune(
     **changes: object,
 ) -> Any:  # fmt: skip
     """Train on prompts and completions, which TRL tokenises and masks itself."""
-    options = {"max_steps": 4, "max_length": 32, "packing": False} | changes
+    options = {"max_steps": STEPS, "max_length": 32, "packing": False} | changes
     with contextlib.redirect_stdout(io.StringIO()):
         running = trainer(
             model=model,
@@ -49,13 +53,13 @@ def fine_tune(
 
 @pytest.mark.parametrize("method", available_methods())
 def test_every_method_trains_as_in_peft_and_resumes(lab, starts, method, tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 2}
+    saving = {"save_strategy": "steps", "save_steps": HALF}
     model, reference = lab.ours(starts[method]), lab.theirs(starts[method])
     losses = fine_tune(lab, model, tmp_path / "run", **saving)
     assert losses == pytest.approx(fine_tune(lab, reference, tmp_path / "peft", trainer=trl.SFTTrainer), rel=1e-5)
-    assert len(losses) == 4
+    assert len(losses) == STEPS
 
-    checkpoint = tmp_path / "run" / "checkpoint-2"
+    checkpoint = tmp_path / "run" / f"checkpoint-{HALF}"
     assert (checkpoint / "adapter_model.safetensors").is_file()
     assert not (checkpoint / "model.safetensors").exists()
     again = lab.ours(starts[method])
