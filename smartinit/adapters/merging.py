@@ -22,7 +22,7 @@ from tqdm import tqdm
 from smartinit.adapters.injection import parts_of_model
 from smartinit.adapters.merge_plan import groups_of, require_changeable, slots_of
 from smartinit.adapters.merged_weight import MergedWeight
-from smartinit.adapters.weight_change import changed
+from smartinit.adapters.weight_change import write_changed
 from smartinit.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def merge_adapters(
         ConfigError: an adapter that cannot be merged (a bias for a layer that has none).
         ModelError: a weight that cannot be changed, or (``safe_merge``) would not be finite.
 
-    Cost: of one weight, see `smartinit.adapters.weight_change.changed`; host memory for the originals.
+    Cost: of one weight, see `smartinit.adapters.weight_change.write_changed`; host memory for the originals.
     """
     parts = parts_of_model(root)
     merged = _merged(parts)
@@ -76,8 +76,8 @@ def check_unmerged(root: nn.Module, adapter_name: str, config: LoraConfig) -> No
         reads.append("bias")
     if merged and reads:
         raise ConfigError(
-            f"adapter '{adapter_name}' has {reads[0]}={getattr(config, reads[0])!r}, which starts from values of the base "
-            f"model, but {', '.join(merged)} is merged into these: call unmerge_adapter() first"
+            f"adapter '{adapter_name}' has {reads[0]}={getattr(config, reads[0])!r}, which starts from the values of "
+            f"the base model, but {', '.join(merged)} is merged into these: call unmerge_adapter() first"
         )
 
 
@@ -170,22 +170,19 @@ def _write(group: Sequence[Slot], *, alone: bool, safe_merge: bool) -> None:
     """Give the layers of a group their merged parameter."""
     first = group[0]
     original = first.value
-    new = changed(original, first.changes, original.device)
-    if safe_merge and not torch.isfinite(new).all():
-        names = ", ".join(dict.fromkeys(change.adapter_name for change in first.changes))
-        raise ModelError(
-            f"the {first.parameter} of layer '{first.path}' would hold NaN or Inf with adapter {names} merged into it, "
-            "so nothing is merged; load an adapter (and a base model) whose values are finite"
-        )
     merged = MergedWeight([(slot.module, slot.parameter) for slot in group], original, in_place=alone)
     for slot in group:
         for part in slot.parts:
             merged.parts.append(part)
             part.merged_weights.append(merged)  # before it is written: an interrupt must find it
-    if alone:
-        original.copy_(new)
-        return
-    own = nn.Parameter(new, requires_grad=original.requires_grad)
+    own = original if alone else nn.Parameter(torch.empty_like(original), requires_grad=original.requires_grad)
+    write_changed(own.detach(), original.detach(), first.changes)
+    if safe_merge and not torch.isfinite(own).all():
+        names = ", ".join(dict.fromkeys(change.adapter_name for change in first.changes))
+        raise ModelError(
+            f"the {first.parameter} of layer '{first.path}' would hold NaN or Inf with adapter {names} merged into it, "
+            "so nothing is merged; load an adapter (and a base model) whose values are finite"
+        )
     for slot in group:
         setattr(slot.module, slot.parameter, own)
 

@@ -11,7 +11,7 @@ from smartinit.adapters.injection import parts_of_model
 from smartinit.adapters.layer import LoraLayer
 from smartinit.adapters.merging import unmerge_adapters
 from smartinit.adapters.start import forget_start, start_of
-from smartinit.adapters.weight_change import LowRankChange, changed
+from smartinit.adapters.weight_change import LowRankChange, write_changed
 from smartinit.targets.weight import storage_of
 
 if TYPE_CHECKING:
@@ -69,5 +69,5 @@ def _restore(layer: LoraLayer, weight: torch.Tensor, residual: Sequence[Start]) 
     for start in residual:
         left, right = layer.stored_factors(start.a, start.b)
         change = LowRankChange(base, layer.merged_parameter, "", left * start.scaling, right)
-        weight.copy_(changed(weight.detach(), [change], weight.device))
+        write_changed(weight, weight, [change])
     return True

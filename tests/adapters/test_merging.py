@@ -415,13 +415,13 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(
         left -= 1
         if left < 0:
             raise kind
-        return changed(*args)
+        return write_changed(*args)
 
-    changed = merging.changed
+    write_changed = merging.write_changed
     merge = model.merge_and_unload if unload else model.merge_adapter
     with monkeypatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        patch.setattr(merging, "changed", failing)
+        patch.setattr(merging, "write_changed", failing)
         with pytest.raises(kind):
             merge(adapter_names=["b"])
     assert_same(model, before)
@@ -566,6 +566,7 @@ def test_an_untied_model_says_so_and_loads_as_it_is(tied: nn.Module, tokens: tor
     with pytest.warns(UserWarning, match="tie_word_embeddings=False"):
         plain = model.merge_and_unload()
     assert_close(plain(tokens).logits, expected, 1e-5)
+    assert plain.config.tie_word_embeddings is False
     assert all(parameter.requires_grad for parameter in plain.parameters()), "also the new one"
     plain.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
