@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,7 +24,6 @@ from tests.adapters.beside_peft import bare, bert, both, gpt2, llama, output, sc
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
@@ -443,3 +445,48 @@ def test_a_start_beside_whole_modules_and_dora_comes_back(tmp_path: Path) -> Non
     shutil.copytree(tmp_path / "a", tmp_path / "c")
     loaded.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "c"))
     assert torch.allclose(output(LoraModel.from_pretrained(biased(), tmp_path / "plain")), output(model), 0, 1e-5)
+
+
+MEASURE = """
+import sys, threading
+import torch
+from torch import nn
+from smartinit.adapters import LoraModel, storage
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        for number in range(4):
+            setattr(self, f"q{number}", nn.Linear(1 << 20, 1, bias=False))
+
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+peaks, done = [], threading.Event()
+def watch():
+    while not done.wait(0.0005):
+        peaks.append(anonymous())
+model, before = Wide(), anonymous()
+threading.Thread(target=watch, daemon=True).start()
+loaded = LoraModel.from_pretrained(model, sys.argv[1], low_cpu_mem_usage=sys.argv[2] == "low")
+done.set()
+print(max([*peaks, anonymous()]) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+@pytest.mark.parametrize("low", ["low", "plain"])
+def test_an_adapter_is_in_memory_once_while_it_is_loaded(low: str, tmp_path: Path) -> None:
+    size, held = 0, {}
+    for number in range(4):
+        a, b = torch.randn(8, 1 << 20), torch.zeros(1, 8)
+        held |= {f"base_model.model.q{number}.lora_A.weight": a, f"base_model.model.q{number}.lora_B.weight": b}
+        size += 4 * (a.numel() + b.numel())
+    save_file(held, tmp_path / TENSOR_FILE)
+    config = LoraConfig(target_modules=["q0", "q1", "q2", "q3"]).to_dict() | {"peft_type": "LORA"}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path), low], capture_output=True, text=True, check=True
+    )
+    assert size <= int(run.stdout) < 1.3 * size
