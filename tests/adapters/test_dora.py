@@ -411,6 +411,23 @@ def test_a_start_is_written_with_its_magnitude(effect: Any, ranks: tuple[int, in
         assert layer.lora_magnitude_vector["default"].weight.requires_grad
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_convolutions_of_any_dimensions_give_up_their_start(use_dora: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    base = nn.Sequential(nn.Conv1d(3, 4, 2), nn.Unflatten(2, (2, 2, 2)), nn.Conv3d(4, 5, (1, 2, 2)))
+    original = copy.deepcopy(base)
+    model = LoraModel(base, LoraConfig(r=2, lora_alpha=3, use_dora=use_dora, target_modules=["0", "2"]))
+    factors = {
+        "0": Factors(torch.randn(2, 6) / 4, torch.randn(4, 2) / 4, "splits"),
+        "2": Factors(torch.randn(2, 16) / 4, torch.randn(5, 2) / 4, "splits"),
+    }
+    write_factors(model, factors, Plan({"0": 2, "2": 2}, {"0": 3.0, "2": 3.0}))
+    x = torch.randn(2, 3, 9)
+    close(model(x).detach(), original(x).detach())
+    residual = original[2].weight.flatten(1) - 1.5 * factors["2"].b @ factors["2"].a
+    close(base[2].base_layer.weight.detach().flatten(1), residual.detach())
+
+
 # --- torch ---------------------------------------------------------------------------------------------------------
 
 
