@@ -269,9 +269,18 @@ def test_disabling_unmerges(ids: torch.Tensor) -> None:
     before, outputs = state(model.model), model(ids)
     model.merge_adapter()
     with model.disable_adapter():
+        assert_same(model.model, before)  # at once, also for those who read weights
         assert torch.equal(model(ids), plain)
     assert_same(model.model, before)
     assert torch.equal(model(ids), outputs)
+
+
+def test_unload_unmerges() -> None:
+    net = EveryKind()
+    before = state(net)
+    model = adapted(net, *OPTIONS["two"])
+    model.merge_adapter()
+    assert_same(model.unload(), before)
 
 
 def test_a_layer_unmerges_by_itself(ids: torch.Tensor) -> None:
