@@ -127,6 +127,13 @@ def test_a_swapped_adapter_is_the_one_of_the_folder(
     model.hotswap_adapter(folders[then])
     wanted = fresh(folders[then])
     assert torch.allclose(model(TOKENS), wanted, 0, 1e-6)
+    given = {key: tensor for key, tensor in load_file(folders[then] / TENSOR_FILE).items() if "_A" in key}
+    for name, layer in model.lora_layers().items():
+        rank = next((len(tensor) for key, tensor in given.items() if key.split(".")[2] == name), 0)
+        a, b = layer.matrices("default")
+        assert a[:rank].any() == (rank > 0)
+        assert not a[rank:].any()
+        assert not b[:, rank:].any()
     # It is an adapter of the larger rank from now on, wherever it goes.
     model.save_pretrained(tmp_path / "out")
     assert torch.allclose(fresh(tmp_path / "out"), wanted, 0, 1e-6)
