@@ -15,19 +15,18 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
-from smartinit.adapters.dora import BaseNorms, Magnitude, decomposed_update
+from smartinit.adapters.dora import Magnitude, decomposed_update
 from smartinit.adapters.filling import fill_tensors
 from smartinit.adapters.mixed import mixed_update
-from smartinit.adapters.part import AdapterPart
+from smartinit.adapters.scaling import Scaled
 from smartinit.adapters.start import start_of
 from smartinit.adapters.weight_change import LowRankChange, Shift
+from smartinit.adapters.wrapped_layer import WrappedLayer
 from smartinit.errors import ConfigError
 from smartinit.targets.weight import host_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from typing_extensions import Self
+    from collections.abc import Mapping, Sequence
 
     from smartinit.adapters.start import OriginalWeight
     from smartinit.adapters.weight_change import WeightChange
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from smartinit.factors import Trains
 
 
-class LoraLayer(AdapterPart):
+class LoraLayer(Scaled, WrappedLayer):
     """A layer with any number of named low-rank adapters beside it.
 
     Args:
@@ -50,7 +49,6 @@ class LoraLayer(AdapterPart):
             subtracts their product: ``h = W x + s·B A x - s₀·B₀ A₀ x``.
         original_weight: the base weight from before it was split (or quantised) for an adapter; see `Start`.
         trains: adapter -> which of its matrices are trained; the other stays frozen even while it is active.
-        base_norms: row norms of the base weight, for DoRA; see `forget_norms`.
     """
 
     adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_magnitude_vector")
@@ -70,7 +68,6 @@ class LoraLayer(AdapterPart):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.in_features, self.out_features = self.features(self.get_base_layer())
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
         self.lora_magnitude_vector = nn.ModuleDict()
@@ -84,24 +81,6 @@ class LoraLayer(AdapterPart):
         self.trains: dict[str, Trains] = {}
         self.start = nn.ModuleDict()
         self.original_weight: OriginalWeight | None = None
-        self.base_norms = BaseNorms()
-
-    @staticmethod
-    def features(base_layer: nn.Module) -> tuple[int, int]:
-        """``(in_features, out_features)`` of a layer of this kind."""
-        raise NotImplementedError
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The base layer's: some models read the weight of a layer instead of calling it."""
-        weight: torch.Tensor = self.get_base_layer().weight  # type: ignore[assignment]
-        return weight
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """The base layer's."""
-        bias: torch.Tensor | None = self.get_base_layer().bias  # type: ignore[assignment]
-        return bias
 
     def adapters(self) -> list[str]:
         """The adapters that have matrices here."""
@@ -131,7 +110,7 @@ class LoraLayer(AdapterPart):
         if r <= 0:
             raise ConfigError(f"the rank of adapter '{adapter_name}' must be at least 1, not {r}")
         self.check_config(config)
-        base = self._any_tensor()
+        base = self.any_tensor()
         # Half precision cannot hold the small updates of A and B: PEFT trains them in float32 as well.
         dtype = base.dtype if base.dtype in (torch.float32, torch.float64) else torch.float32
         where = base.device if device is None else device
@@ -175,37 +154,6 @@ class LoraLayer(AdapterPart):
     def matrices(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B of one adapter, the parameters themselves: ``(r, in)`` and ``(out, r)``, see the kinds of layers."""
         return self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight  # type: ignore[return-value]
-
-    def set_alpha(self, adapter_name: str, lora_alpha: float) -> None:
-        """Change one adapter's alpha, and with it its scaling."""
-        self.lora_alpha[adapter_name] = lora_alpha
-        self.set_scale(adapter_name, 1.0)
-
-    def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Set one adapter's scaling to ``scale`` times what its rank and alpha say; nothing if it is not here."""
-        if adapter_name in self.r:
-            rank = self.r[adapter_name]
-            divisor = math.sqrt(rank) if self.use_rslora[adapter_name] else rank
-            value = scale * self.lora_alpha[adapter_name] / divisor
-            kept: object = self.scaling.get(adapter_name)
-            if isinstance(kept, torch.Tensor):  # prepared for swaps: compiled code reads this very tensor
-                kept.fill_(value)
-            else:
-                self.scaling[adapter_name] = value
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scaling of the active adapters."""
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scaling of the active adapters; None: back to what rank and alpha say."""
-        for name in self.active_adapters:
-            if scale is None:
-                self.set_scale(name, 1.0)
-            elif name in self.scaling:
-                self.scaling[name] /= scale
 
     @torch.no_grad()
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str = True) -> None:
@@ -327,52 +275,12 @@ class LoraLayer(AdapterPart):
 
     def load_others(self, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """The inverse of `other_tensors`, in place."""
-        device = self._any_tensor().device
+        device = self.any_tensor().device
         fill_tensors(self.other_tensors(adapter_name), tensors, f"adapter '{adapter_name}'", device)
-
-    def base_product(self, x: torch.Tensor) -> torch.Tensor:
-        """``W x`` as the base layer computes it, without its bias."""
-        raise NotImplementedError
-
-    def weight_matrix(self) -> torch.Tensor:
-        """``W (out, in)``: a view of the base weight, or what a quantised one stands for."""
-        raise NotImplementedError
 
     def magnitude_shape(self) -> tuple[int, ...]:
         """The shape of a magnitude, which broadcasts against the layer's output: ``(out,)``."""
         return (self.out_features,)
-
-    def stored_tensor(self) -> torch.Tensor | None:
-        """The tensor whose change means that `weight_matrix` has changed; None: no single one."""
-        weight = getattr(self.get_base_layer(), "weight", None)
-        return weight if isinstance(weight, torch.Tensor) else None
-
-    def forget_norms(self) -> None:
-        """Compute the base weight's row norms anew when DoRA needs them next.
-
-        To be called after writing to the base weight through ``.data``, which leaves no trace; every other way of
-        changing it is noticed.
-        """
-        self.base_norms.forget()
-
-    def train(self, mode: bool = True) -> Self:
-        """As of every module; a switch of the mode makes the layer look at its base weight anew."""
-        if mode != self.training:
-            self.forget_norms()
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """As of every module: after ``to`` or ``half`` the base weight is another one."""
-        self.forget_norms()
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
-
-    def _any_tensor(self) -> torch.Tensor:
-        """One that says where the base layer lies, and in which dtype."""
-        weight = self.stored_tensor()
-        if weight is not None:
-            return weight
-        base = self.get_base_layer()
-        return next(iter((*base.parameters(), *base.buffers())))
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
