@@ -217,6 +217,7 @@ def test_equal_seeds_drop_the_same_entries_whatever_the_start(
         torch.manual_seed(seed)
         wrapped.add_weighted_adapter(["0", "2"], [1.0, 0.5], "new", "dare_linear", density=0.3)
     assert_same(ours, theirs, "new", 1e-6)
+    assert ours.peft_config["new"].init_lora_weights is True, "it has been made, and is not made again"
 
 
 @pytest.mark.parametrize("method", ["total", "frequency"])
@@ -404,6 +405,9 @@ def test_layers_of_different_ranks_stay_so(make: Callable, fill: Callable) -> No
         "v_proj": 2,
         "up_proj": None,
     }
+    twin = LoraModel(make("llama"), ours.peft_config["new"])
+    for name, layer in twin.lora_layers().items():
+        assert (layer.r["default"], layer.scaling["default"]) == (ours.lora_layers()[name].r["new"], 1.0)
 
 
 @pytest.mark.parametrize("combination", ["cat", "svd", "linear", "ties"])
@@ -532,12 +536,13 @@ def test_different_ranks_are_named(combination: str, make: Callable, fill: Calla
     model.add_weighted_adapter(["0", "2"], [1.0, 1.0], "new", combination, density=0.5)
 
 
+@pytest.mark.parametrize("matrix", [0, 1])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_values_that_are_not_finite_are_named(value: float, make: Callable, fill: Callable) -> None:
+def test_values_that_are_not_finite_are_named(value: float, matrix: int, make: Callable, fill: Callable) -> None:
     model, _ = both("llama", make, fill)
     layer = model.lora_layers()["model.layers.1.self_attn.q_proj"]
     with torch.no_grad():
-        layer.matrices("1")[1][3, 1] = value
+        layer.matrices("1")[matrix][3, 1] = value
     before = picture(model)
     with pytest.raises(ModelError, match=r"adapter '1' holds NaN or Inf in layer 'model.layers.1.self_attn.q_proj'"):
         model.add_weighted_adapter(["0", "1"], [1.0, 1.0], "new")
