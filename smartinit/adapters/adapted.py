@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from smartinit.adapters import merging
+from smartinit.adapters.adapter_names import check_adapter_name
 from smartinit.adapters.base_bias import biases_of, check_biases, drop_biases, show_biases, trained_biases
 from smartinit.adapters.injection import drop, inject, parts_of_model, unwrap
 from smartinit.adapters.layer import LoraLayer
-from smartinit.adapters.mixed import rows_with_adapters
+from smartinit.adapters.mixed import repeated_for_generation, rows_with_adapters
 from smartinit.adapters.replication import require_same_replication
 from smartinit.adapters.restoring import restore_base
 from smartinit.adapters.saved_modules import with_task_heads
@@ -23,7 +26,7 @@ from smartinit.adapters.training import (
 )
 from smartinit.adapters.tying import with_ties
 from smartinit.config import LoraConfig
-from smartinit.errors import ConfigError, UnknownNameError
+from smartinit.errors import ArgumentError, ConfigError, ModelError, UnknownNameError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -81,14 +84,17 @@ class AdaptedModel(nn.Module):
         Raises:
             UnknownNameError: there is no such adapter.
             ArgumentError: another number of names than of rows.
+            ConfigError: ``adapter_names`` in training mode, where gradient checkpointing would lose them.
         """
         if labels is not None:
             kwargs["labels"] = labels
         with self._rows(adapter_names):
             return self.model(*args, **kwargs)
 
-    def generate(self, *args: object, adapter_names: Sequence[str] | None = None, **kwargs: object) -> Any:  # noqa: ANN401
-        """The wrapped model's ``generate``; ``adapter_names`` as of `forward`."""
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:  # noqa: ANN401
+        """The wrapped model's ``generate``; ``adapter_names`` as of `forward`, one per prompt."""
+        if adapter_names is not None:
+            adapter_names = repeated_for_generation(self.model, adapter_names, kwargs)
         with self._rows(adapter_names):
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
@@ -107,6 +113,11 @@ class AdaptedModel(nn.Module):
     def active_adapters(self) -> list[str]:
         """Names of the adapters that the forward pass adds."""
         return list(self._active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name; a list of them where there is another number than one."""
+        return self._active[0] if len(self._active) == 1 else self.active_adapters
 
     def parts(self) -> dict[str, AdapterPart]:
         """Module name in the wrapped model -> what adapters have there, in model order."""
@@ -141,23 +152,41 @@ class AdaptedModel(nn.Module):
     def add_adapter(self, adapter_name: str, config: LoraConfig, low_cpu_mem_usage: bool = False) -> None:
         """Add another adapter; it is neither active nor trainable until `set_adapter` names it.
 
+        What is active, disabled or frozen stays so.
+
         Raises:
-            ConfigError: the name is taken, or the configuration cannot be used (see the class).
+            ConfigError: the name is taken or cannot be, or the configuration cannot be used (see the class).
+            ModelError: this model's adapters have been merged for good or unloaded.
         """
         if adapter_name in self.peft_config:
             raise ConfigError(f"the model already has an adapter '{adapter_name}'; choose another name")
+        self._require_adapters()
         config = LoraConfig.from_any(config)
         require_same_replication(config, self.peft_config.values())
+        disabled = any(part.disable_adapters for part in self.parts().values())
         self._inject(adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage)
-        self.set_adapter(self._active)
+        for part in self.parts().values():
+            part.active_adapters, part.disable_adapters = list(self._active), disabled
+            for parameter in part.parameters_of(adapter_name):
+                parameter.requires_grad_(False)
+        for bias in trained_biases(self.model, self.peft_config[adapter_name], adapter_name).values():
+            bias.requires_grad_(False)
+        self._show_biases()
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one or several adapters the active ones, trainable unless made for inference.
 
+        Args:
+            adapter_name: one, or several, each of which acts once; an empty list: none.
+            inference_mode: freeze them.
+
         Raises:
             UnknownNameError: there is no such adapter.
+            ArgumentError: something else than names.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if not isinstance(adapter_name, str | Iterable):
+            raise ArgumentError(f"set_adapter takes a name or a list of names, not a {type(adapter_name).__name__}")
+        names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
         for name in names:
             self.config_of(name)
         for part in self.parts().values():
@@ -172,7 +201,7 @@ class AdaptedModel(nn.Module):
         self._show_biases()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; if it was the only active one, nothing is active any more.
+        """Remove an adapter; if it was the only active one, the first of those that are left is active then.
 
         Raises:
             UnknownNameError: there is no such adapter.
@@ -185,7 +214,15 @@ class AdaptedModel(nn.Module):
             raise ConfigError(f"'{adapter_name}' is the only adapter: call unload(), which gives the base model back")
         drop(self.model, adapter_name)
         del self.peft_config[adapter_name]
-        self.set_adapter([name for name in self._active if name != adapter_name])
+        if self._active == [adapter_name]:
+            first = next(iter(self.peft_config))
+            warnings.warn(f"adapter '{adapter_name}', which was active, is deleted; '{first}' is now", stacklevel=2)
+            self.set_adapter(first)
+            return
+        self._active = [name for name in self._active if name != adapter_name]
+        for part in self.parts().values():
+            part.active_adapters = list(self._active)
+        self._show_biases()
 
     def enable_adapter_layers(self) -> None:
         """Let the active adapters take part in the forward pass."""
@@ -208,6 +245,7 @@ class AdaptedModel(nn.Module):
             self._show_biases()
 
     def _inject(self, adapter_name: str, config: LoraConfig, *, low_cpu_mem_usage: bool) -> None:
+        check_adapter_name(adapter_name)
         merging.check_unmerged(self.model, adapter_name, config)
         check_biases(config, self.peft_config)
         config = with_ties(self.model, with_task_heads(config))
@@ -230,8 +268,24 @@ class AdaptedModel(nn.Module):
             parameter.requires_grad = False
         for parameter in self._trainable:
             parameter.requires_grad = True
-        self.peft_config.clear()
+        self._forget_adapters()
         return self.model
+
+    def _forget_adapters(self) -> None:
+        self.peft_config.clear()
+        self._active = []
+
+    def _require_adapters(self) -> None:
+        """Refuse what makes no sense any more.
+
+        Raises:
+            ModelError: no adapter is left in this model.
+        """
+        if not self.peft_config:
+            raise ModelError(
+                "this model's adapters have been merged for good or unloaded; wrap the model that came back with "
+                "smartinit.LoraModel again"
+            )
 
     def _restore_layers(self) -> None:
         if self._undo_replication is not None:
@@ -243,6 +297,11 @@ class AdaptedModel(nn.Module):
         if adapter_names is None:
             yield
             return
+        if self.training:
+            raise ConfigError(
+                "adapter_names is for inference: gradient checkpointing would compute the rows again without them; "
+                "call model.eval() first, or train each adapter with set_adapter"
+            )
         with rows_with_adapters(self.parts().values(), adapter_names, known=self.peft_config):
             self._show_biases_of_rows(adapter_names)
             try:

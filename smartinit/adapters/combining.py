@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from smartinit.adapters.adapter_names import check_adapter_name
 from smartinit.adapters.bare import bare_module_names
 from smartinit.adapters.combined_factors import (
     KINDS,
@@ -71,6 +72,7 @@ def add_weighted_adapter(
 ) -> None:
     """See `smartinit.LoraModel.add_weighted_adapter`."""
     del svd_full_matrices  # which vectors beyond the thin decomposition there are makes no difference to what is kept
+    check_adapter_name(adapter_name)
     if adapter_name in model.peft_config:
         raise ConfigError(f"the model already has an adapter '{adapter_name}'; choose another name or delete it first")
     weights = _check_weights(adapters, weights)

@@ -10,7 +10,7 @@ import torch
 from smartinit.errors import ArgumentError, UnknownNameError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -53,6 +53,21 @@ def mixed_update(layer: Updates, x: torch.Tensor, result: torch.Tensor, names: S
             updated = layer.update(name, x[index.to(x.device)], result[index])
             result = result.index_copy(0, index, updated.to(result.dtype))
     return result
+
+
+def repeated_for_generation(model: Any, names: Sequence[str], options: Mapping[str, Any]) -> list[str]:  # noqa: ANN401
+    """One name per row that the model sees while it generates: beams and several answers repeat every prompt.
+
+    Args:
+        model: a transformers model.
+        names: an adapter for every prompt.
+        options: the keyword arguments of ``generate``.
+    """
+    config = options.get("generation_config") or getattr(model, "generation_config", None)
+    sizes = [
+        options.get(option) or getattr(config, option, None) or 1 for option in ("num_beams", "num_return_sequences")
+    ]
+    return [name for name in names for _ in range(max(sizes))]
 
 
 @contextmanager

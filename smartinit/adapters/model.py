@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
+from torch import nn
+
 from smartinit.adapters import combining, hotswap, kohya, merging, storage
 from smartinit.adapters.adapted import AdaptedModel
 from smartinit.adapters.base_bias import biases_of, show_biases
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     import torch
-    from torch import nn
 
     from smartinit.adapters.combining import Combination
 
@@ -52,6 +53,8 @@ class LoraModel(AdaptedModel):
     def __init__(
         self, model: nn.Module, config: LoraConfig, adapter_name: str = "default", low_cpu_mem_usage: bool = False
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(f"the model is a {type(model).__name__}; expected a torch.nn.Module")
         super().__init__(model)
         if isinstance(model, LoraModel) or getattr(model, "peft_config", None):
             raise ModelError(
@@ -126,7 +129,7 @@ class LoraModel(AdaptedModel):
             merging.merge_into(
                 self.model, names, safe_merge=safe_merge, progressbar=progressbar, trainable=self._trainable
             )
-        self.peft_config.clear()
+        self._forget_adapters()
         return self.model
 
     def add_weighted_adapter(
@@ -218,6 +221,7 @@ class LoraModel(AdaptedModel):
             UnknownNameError: there is no such adapter.
             VerificationError: a matrix or magnitude is not finite.
         """
+        self._require_adapters()
         storage.save(self, folder, path_initial_model_for_weight_conversion, selected_adapters)
 
     @classmethod
