@@ -248,6 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=200, help="steps of adaptation (default: 200)")
     parser.add_argument("--repeats", type=int, default=5, help="repetitions to average over (default: 5)")
     options = parser.parse_args(arguments)
+    if options.steps < 1 or options.repeats < 1 or options.seed < 0:
+        parser.error("--steps and --repeats must be at least 1, --seed at least 0")
     torch.set_num_threads(1)  # matrices of this size: more threads only wait for each other
     began = time.perf_counter()
 
