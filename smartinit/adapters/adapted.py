@@ -66,6 +66,10 @@ class AdaptedModel(nn.Module):
         except AttributeError:
             if name == "model":  # not set yet: looking it up would not end
                 raise
+            if name == "push_to_hub":  # the wrapped model's would upload the base, not the adapter
+                raise AttributeError(
+                    "a LoraModel has no push_to_hub: save_pretrained(folder), then huggingface_hub.upload_folder"
+                ) from None
             found = getattr(self.model, name)
             return with_input_gradients(self.model, found) if name in CHECKPOINTING_SWITCHES else found
 

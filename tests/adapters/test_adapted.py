@@ -154,3 +154,8 @@ def test_an_unloaded_model_says_so(model: LoraModel, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="wrap the model"):
         model.save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_the_base_is_not_uploaded_in_place_of_the_adapter(model: LoraModel) -> None:
+    with pytest.raises(AttributeError, match="upload_folder"):
+        model.push_to_hub("owner/name")
