@@ -19,6 +19,7 @@ from torch import nn
 from smartinit.adapters import LoraModel
 from smartinit.config import LoraConfig
 from smartinit.formats.peft import CONFIG_FILE
+from smartinit.targets.patterns import alpha_for, rank_for
 
 if TYPE_CHECKING:
     import argparse
@@ -34,9 +35,9 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.attn, self.mlp = nn.Module(), nn.Module()
+        self.self_attn, self.mlp = nn.Module(), nn.Module()
         for kind in KINDS:
-            setattr(self.attn if kind in KINDS[:4] else self.mlp, kind, nn.Linear(WIDTH, WIDTH, bias=False))
+            setattr(self.self_attn if kind in KINDS[:4] else self.mlp, kind, nn.Linear(WIDTH, WIDTH, bias=False))
 
 
 class Model(nn.Module):
@@ -49,7 +50,7 @@ class Model(nn.Module):
 
 
 def run(options: argparse.Namespace) -> list[Row]:
-    """One row with grouped patterns, one with separate ones."""
+    """Grouped patterns, separate ones, each side's own way, and the search for patterns without the rest."""
     blocks = QUICK_BLOCKS if options.quick else BLOCKS
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
@@ -69,7 +70,28 @@ def run(options: argparse.Namespace) -> list[Row]:
     rows.append(
         Row("load", "ours grouped, PEFT's separate", ours_ms=ours_ms, theirs_ms=theirs_ms, note="as each is written")
     )
+    rows.append(
+        Row("load", "patterns alone, separate", ours_ms=_ours_matching(ranks), theirs_ms=_pefts_matching(ranks))
+    )
     return rows
+
+
+def _ours_matching(ranks: dict[str, int]) -> float:
+    """Milliseconds for the rank and the alpha of every layer."""
+    config = LoraConfig(rank_pattern=ranks, alpha_pattern=dict(ranks))
+    start = time.perf_counter()
+    assert [rank_for(config, name) for name in ranks] == list(ranks.values())
+    assert [alpha_for(config, name) for name in ranks] == list(ranks.values())
+    return 1000 * (time.perf_counter() - start)
+
+
+def _pefts_matching(ranks: dict[str, int]) -> float:
+    from peft.utils.other import get_pattern_key
+
+    start = time.perf_counter()
+    for _ in ("rank", "alpha"):
+        assert [ranks[get_pattern_key(ranks.keys(), name)] for name in ranks] == list(ranks.values())
+    return 1000 * (time.perf_counter() - start)
 
 
 def _save(folder: Path, blocks: int) -> list[str]:

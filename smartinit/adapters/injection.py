@@ -30,8 +30,26 @@ if TYPE_CHECKING:
 
 
 def parts_of_model(root: nn.Module) -> dict[str, AdapterPart]:
-    """Module name -> adapter part, in model order; what a part wraps comes right after it."""
-    return {name: module for name, module in root.named_modules() if isinstance(module, AdapterPart)}
+    """Module name -> adapter part, in model order; what a part wraps comes right after it.
+
+    As with ``named_modules``, a module with several names has its first. There are no parts within what adapters have
+    in a part, and that is most of an adapted model's modules: they are not looked at.
+    """
+    found: dict[str, AdapterPart] = {}
+    seen: set[nn.Module] = set()
+    pending: list[tuple[str, nn.Module]] = [("", root)]
+    while pending:
+        name, module = pending.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        inside: dict[str, nn.Module | None] = module._modules  # noqa: SLF001
+        if isinstance(module, AdapterPart):
+            found[name] = module
+            inside = {"base_layer": module.base_layer}
+        prefix = f"{name}." if name else ""
+        pending += [(prefix + child, inner) for child, inner in reversed(inside.items()) if inner is not None]
+    return found
 
 
 def inject(root: nn.Module, adapter_name: str, config: LoraConfig, *, device: torch.device | str | None = None) -> None:
