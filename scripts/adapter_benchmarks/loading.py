@@ -80,8 +80,8 @@ def _ours_matching(ranks: dict[str, int]) -> float:
     """Milliseconds for the rank and the alpha of every layer."""
     config = LoraConfig(rank_pattern=ranks, alpha_pattern=dict(ranks))
     start = time.perf_counter()
-    assert [rank_for(config, name) for name in ranks] == list(ranks.values())
-    assert [alpha_for(config, name) for name in ranks] == list(ranks.values())
+    for find in (rank_for, alpha_for):
+        _ = [find(config, name) for name in ranks]
     return 1000 * (time.perf_counter() - start)
 
 
@@ -90,7 +90,7 @@ def _pefts_matching(ranks: dict[str, int]) -> float:
 
     start = time.perf_counter()
     for _ in ("rank", "alpha"):
-        assert [ranks[get_pattern_key(ranks.keys(), name)] for name in ranks] == list(ranks.values())
+        _ = [ranks[get_pattern_key(ranks.keys(), name)] for name in ranks]
     return 1000 * (time.perf_counter() - start)
 
 
