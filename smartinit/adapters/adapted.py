@@ -16,10 +16,11 @@ from smartinit.adapters.injection import drop, inject, parts_of_model, unwrap
 from smartinit.adapters.layer import LoraLayer
 from smartinit.adapters.mixed import repeated_for_generation, rows_with_adapters
 from smartinit.adapters.replication import require_same_replication
-from smartinit.adapters.restoring import restore_base
+from smartinit.adapters.restoring import restore_base, restore_layers
 from smartinit.adapters.saved_modules import with_task_heads
 from smartinit.adapters.training import (
     CHECKPOINTING_SWITCHES,
+    set_trained,
     unshare_tied,
     with_input_gradients,
     with_signature_of,
@@ -207,15 +208,21 @@ class AdaptedModel(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was the only active one, the first of those that are left is active then.
 
+        Layers whose base weight was changed for this adapter's start (`Artefact.apply`) have their original weights
+        again, as after `unload`.
+
         Raises:
             UnknownNameError: there is no such adapter.
-            ConfigError: it is merged into the base weights, or the model's last one (see `unload`).
+            ConfigError: it is merged into the base weights, or the model's last one (see `unload`), or another one
+                computes with a base weight that was changed for it.
+            ModelError: such a weight cannot be written to.
         """
         self.config_of(adapter_name)
         if any(adapter_name in part.merged_adapters for part in self.parts().values()):
             raise ConfigError(f"adapter '{adapter_name}' is merged into the base weights: call unmerge_adapter() first")
         if len(self.peft_config) == 1:
             raise ConfigError(f"'{adapter_name}' is the only adapter: call unload(), which gives the base model back")
+        restore_layers(self.model, adapter_name)
         drop(self.model, adapter_name)
         del self.peft_config[adapter_name]
         if self._active == [adapter_name]:
@@ -264,14 +271,14 @@ class AdaptedModel(nn.Module):
         as a residual, by `from_pretrained`, has no such copy: the start is added to it in float64, and the result is
         the original to two roundings.
         """
+        merging.unmerge_adapters(self.model)
         restore_base(self.model)
         drop_biases(self.model)
         unwrap(self.model)
         self._restore_layers()
+        trainable = set(self._trainable)
         for parameter in self.model.parameters():
-            parameter.requires_grad = False
-        for parameter in self._trainable:
-            parameter.requires_grad = True
+            set_trained(parameter, trained=parameter in trainable)
         self._forget_adapters()
         return self.model
 
@@ -301,7 +308,7 @@ class AdaptedModel(nn.Module):
         if adapter_names is None:
             yield
             return
-        if self.training:
+        if self.model.training:  # not this wrapper, which torch makes in training mode around any model
             raise ConfigError(
                 "adapter_names is for inference: gradient checkpointing would compute the rows again without them; "
                 "call model.eval() first, or train each adapter with set_adapter"

@@ -239,7 +239,7 @@ def _set_trained(layer: Any, adapter_name: str, trains: Trains) -> None:  # noqa
 
 def _change_base(group: tuple[Written, ...], adapter_name: str, copies: BaseCopies) -> None:
     one = group[0]
-    original = OriginalWeight(copies.keep(one.target.changeable_weight()))
+    original = OriginalWeight(copies.keep(one.target.changeable_weight()), adapter_name)
     for layer in (other.layer for other in group):
         if isinstance(layer, LoraLayer) and layer.original_weight is None:
             layer.original_weight = original

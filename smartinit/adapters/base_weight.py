@@ -92,7 +92,11 @@ def changes_of_base(
         return ()
     _refuse_pefts_own_split(host, changing, adapter_name)
     for name, one in changing.items():
-        one.target.changeable_weight()
+        if one.target.changeable_weight().is_inference():
+            raise ModelError(
+                f"the base weight of '{name}' was made in torch's inference mode, so it cannot be changed; load the "
+                f"model outside of it, {_OTHERWISE}"
+            )
         others = [other for other in adapters_of(one.layer) if other != adapter_name]
         if others:
             raise ConfigError(

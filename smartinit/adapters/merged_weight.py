@@ -22,7 +22,8 @@ class MergedWeight:
     """One parameter, kept as it was, until `restore`.
 
     A parameter that is only used where the merged adapters are is written in place, and its values are copied to the
-    host's memory first. One that others use too is replaced where the adapters are; the others keep the original.
+    host's memory first. One that others use too is replaced where the adapters are; the others keep the original. So
+    is one that was made in torch's inference mode.
 
     Args:
         places: modules that use the parameter, and its name there.
@@ -39,6 +40,7 @@ class MergedWeight:
         self.values = original.detach().to("cpu", copy=True) if in_place else None
         self.parts: list[Holds] = []
 
+    @torch.inference_mode(mode=False)
     @torch.no_grad()
     def restore(self) -> None:
         """Put the original back, bit for bit; where the model has been moved or cast meanwhile, so is the original."""

@@ -19,11 +19,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from smartinit.adapters.finite import require_finite, require_finite_merged, require_finite_replacements
 from smartinit.adapters.injection import parts_of_model
 from smartinit.adapters.merge_plan import groups_of, require_changeable, slots_of
 from smartinit.adapters.merged_weight import MergedWeight
+from smartinit.adapters.restoring import changed_layers
+from smartinit.adapters.training import set_trained
 from smartinit.adapters.weight_change import write_changed
-from smartinit.errors import ConfigError, ModelError
+from smartinit.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from smartinit.config import LoraConfig
 
 
+@torch.inference_mode(mode=False)  # what is made in here must be good for training, whoever calls
 @torch.no_grad()
 def merge_adapters(
     root: nn.Module, adapter_names: Sequence[str], *, safe_merge: bool = False, progressbar: bool = False
@@ -81,6 +85,7 @@ def check_unmerged(root: nn.Module, adapter_name: str, config: LoraConfig) -> No
         )
 
 
+@torch.inference_mode(mode=False)
 @torch.no_grad()
 def unmerge_adapters(root: nn.Module) -> None:
     """Give all layers of a model their original weights back; nothing where nothing is merged."""
@@ -88,6 +93,7 @@ def unmerge_adapters(root: nn.Module) -> None:
         part.unmerge()
 
 
+@torch.inference_mode(mode=False)
 @torch.no_grad()
 def merge_into(
     root: nn.Module,
@@ -116,9 +122,12 @@ def merge_into(
     with _undone_on_error(parts):
         if set(names) != set(merged):
             _merge(root, parts, names, safe_merge=safe_merge, progressbar=progressbar)
+        elif safe_merge:
+            require_finite_replacements(root, parts, names)
+            require_finite_merged(parts)
         trained = {id(parameter) for parameter in trainable}
-        untied = [w for part in parts.values() for w in part.merged_weights if w.values is None]
-        trained |= {id(getattr(*place)) for w in untied if id(w.original) in trained for place in w.places}
+        replaced = [w for part in parts.values() for w in part.merged_weights if w.values is None]
+        trained |= {id(getattr(*place)) for w in replaced if id(w.original) in trained for place in w.places}
         try:
             for path, part in reversed(list(parts.items())):
                 module = part.merged_module(names)
@@ -126,6 +135,7 @@ def merge_into(
                 before = dict(part.base_layer.named_parameters())
                 trained |= {id(p) for name, p in module.named_parameters() if id(before.get(name)) in trained}
             _say_untied(root)
+            _say_changed(parts, names)
         except BaseException:
             for path, part in parts.items():  # from the outside, or there is no such path
                 root.set_submodule(path, part)
@@ -133,7 +143,7 @@ def merge_into(
     for part in parts.values():
         part.merged_weights.clear()  # the copies are of no use any more
     for parameter in root.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
+        set_trained(parameter, trained=id(parameter) in trained)
 
 
 def _merged(parts: Mapping[str, AdapterPart]) -> list[str]:
@@ -147,6 +157,9 @@ def _merge(
     """Write merged weights, each from its original."""
     for part in parts.values():
         part.check_active(names)  # what cannot act together cannot be merged together
+    if safe_merge:
+        require_finite_replacements(root, parts, names)
+    for part in parts.values():
         part.unmerge()
     slots = slots_of(parts, names)
     for slot in slots:
@@ -170,19 +183,17 @@ def _write(group: Sequence[Slot], *, alone: bool, safe_merge: bool) -> None:
     """Give the layers of a group their merged parameter."""
     first = group[0]
     original = first.value
-    merged = MergedWeight([(slot.module, slot.parameter) for slot in group], original, in_place=alone)
+    in_place = alone and not original.is_inference()  # made in torch's inference mode: nobody can write to it
+    merged = MergedWeight([(slot.module, slot.parameter) for slot in group], original, in_place=in_place)
     for slot in group:
         for part in slot.parts:
             merged.parts.append(part)
             part.merged_weights.append(merged)  # before it is written: an interrupt must find it
-    own = original if alone else nn.Parameter(torch.empty_like(original), requires_grad=original.requires_grad)
+    own = original if in_place else nn.Parameter(torch.empty_like(original), requires_grad=original.requires_grad)
     write_changed(own.detach(), original.detach(), first.changes)
-    if safe_merge and not torch.isfinite(own).all():
-        names = ", ".join(dict.fromkeys(change.adapter_name for change in first.changes))
-        raise ModelError(
-            f"the {first.parameter} of layer '{first.path}' would hold NaN or Inf with adapter {names} merged into it, "
-            "so nothing is merged; load an adapter (and a base model) whose values are finite"
-        )
+    if safe_merge:
+        names = [change.adapter_name for change in first.changes]
+        require_finite(f"the {first.parameter} of layer '{first.path}'", names, own)
     for slot in group:
         setattr(slot.module, slot.parameter, own)
 
@@ -204,13 +215,29 @@ def _say_untied(root: nn.Module) -> None:
         )
 
 
+def _say_changed(parts: Mapping[str, AdapterPart], merged: Sequence[str]) -> None:
+    """Warn of base weights that have lost something to an adapter which is not merged, and so is lost itself."""
+    unmerged = {name for part in parts.values() for name in part.adapters()}.difference(merged)
+    for adapter_name in sorted(unmerged):
+        layers = changed_layers(parts, adapter_name)
+        if layers:
+            warnings.warn(
+                f"the base weights of {len(layers)} layers were changed for the start of adapter '{adapter_name}', "
+                "which is not merged: they stay so, without it; to have the original ones, call "
+                f"delete_adapter('{adapter_name}') first",
+                stacklevel=4,
+            )
+
+
 @contextmanager
 def _undone_on_error(parts: Mapping[str, AdapterPart]) -> Iterator[None]:
     """Put everything back that is merged inside, Ctrl-C included; what was merged before is merged again then."""
     before = [(part, list(part.merged_adapters), list(part.merged_weights)) for part in parts.values()]
     weights = {id(weight): weight for _, _, kept in before for weight in kept}.values()
     places = [(*place, getattr(*place)) for weight in weights for place in weight.places]
-    values = [(parameter, parameter.detach().to("cpu", copy=True)) for _, _, parameter in places]
+    # Also what is merged into but out of its place, as a bias is while an adapter's own stands there.
+    written = {parameter for _, _, parameter in places} | {w.original for w in weights if w.values is not None}
+    values = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in written]
     try:
         yield
     except BaseException:

@@ -121,6 +121,14 @@ class AdapterPart(nn.Module):
         del adapter_name
         return []
 
+    def replacements(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """What of the base layer one adapter replaces by values of its own when it is merged, by name in that layer.
+
+        Merging computes nothing of them; see `changes` for what it computes. Nothing by default.
+        """
+        del adapter_name
+        return {}
+
     def merged_module(self, adapter_names: Sequence[str]) -> nn.Module:
         """What takes this part's place when adapters are merged for good: by default the base layer.
 

@@ -106,6 +106,15 @@ class SavedModule(StandIn):
         module = self.modules_to_save[adapter_names[0]] if adapter_names else self.base_layer
         return module(*args, **kwargs)
 
+    def replacements(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """The parameters and buffers of one adapter's copy, without buffers that differ in nothing."""
+        if not self.has(adapter_name):
+            return {}
+        made = self.modules_to_save[adapter_name]
+        own = dict(self.base_layer.named_buffers())  # masks may hold -Inf
+        same = {name for name, buffer in made.named_buffers() if name in own and torch.equal(buffer, own[name])}
+        return dict(made.named_parameters()) | {n: b for n, b in made.named_buffers() if n not in same}
+
     def merged_module(self, adapter_names: Sequence[str]) -> nn.Module:
         """The copy of the one of these adapters that has one; else the base layer."""
         here = [name for name in adapter_names if self.has(name)]

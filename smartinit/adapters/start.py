@@ -71,10 +71,12 @@ class OriginalWeight:
 
     Args:
         values: the weight as its layer stores it.
+        adapter_name: whose start.
     """
 
-    def __init__(self, values: torch.Tensor) -> None:
+    def __init__(self, values: torch.Tensor, adapter_name: str) -> None:
         self.values = values
+        self.adapter_name = adapter_name
 
     def __deepcopy__(self, memo: object) -> OriginalWeight:
         """The same object."""

@@ -22,6 +22,13 @@ CHECKPOINTING_SWITCHES = ("activation_checkpointing_enable", "gradient_checkpoin
 """Methods that make a transformers model forget the activations between its blocks and compute them twice."""
 
 
+def set_trained(parameter: nn.Parameter, *, trained: bool) -> None:
+    """Let a parameter be trained or frozen; torch does so only in inference mode for one that was made in it."""
+    if parameter.requires_grad != trained:
+        with torch.inference_mode(parameter.is_inference() or torch.is_inference_mode_enabled()):
+            parameter.requires_grad_(trained)
+
+
 def with_signature_of(model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     """A wrapper's bound ``forward`` that tells the parameters of the wrapped model, and ``adapter_names``.
 

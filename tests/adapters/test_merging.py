@@ -357,6 +357,132 @@ def test_safe_merge_refuses_what_is_not_finite(value: float, unload: bool, ids: 
     assert_same(model, before)
 
 
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload", "merged before"])
+@pytest.mark.parametrize(
+    ("options", "key", "where"),
+    [
+        ({"modules_to_save": ["head"]}, "head.modules_to_save.default.weight", "'head.weight'"),
+        ({"modules_to_save": ["plane"]}, "plane.modules_to_save.default.bias", "'plane.bias'"),
+        ({"bias": "all"}, "space.bias", "'space.bias'"),
+        ({"bias": "lora_only"}, "linear.base_layer.bias", "'linear.base_layer.bias'"),
+        ({"trainable_token_indices": {"embed": [7, 2]}}, "embed.token_adapter", "weight of layer 'embed'"),
+        ({}, "linear.lora_B.default.weight", "weight of layer 'linear'"),
+    ],
+)
+def test_safe_merge_looks_at_everything_that_is_trained(
+    options: dict[str, Any], key: str, where: str, call: str
+) -> None:
+    """PEFT's looks at matrices only."""
+    model = adapted(EveryKind(), ["linear"], {"default": options, "o": {}})
+    model.set_adapter("default")
+    (values,) = [parameter for name, parameter in model.model.named_parameters() if name.startswith(key)]
+    with torch.no_grad():
+        values.view(-1)[1] = float("nan")
+    if call == "merged before":
+        model.merge_adapter()
+    before, modules = state(model), dict(model.named_modules())
+    merge = model.merge_adapter if call == "merge_adapter" else model.merge_and_unload
+    with pytest.raises(ModelError, match=f"{where} .*NaN or Inf .*default"):
+        merge(safe_merge=True)
+    assert_same(model, before)
+    assert dict(model.named_modules()) == modules
+    if call == "merged before":
+        model.unmerge_adapter()
+    model.merge_and_unload(safe_merge=True, adapter_names=["o"])
+
+
+def test_safe_merge_allows_for_buffers_that_are_infinite_by_nature() -> None:
+    net = EveryKind()
+    net.plane.register_buffer("mask", torch.tensor([0.0, -float("inf")]))
+    net.plane.register_buffer("mean", torch.zeros(2))
+    model = adapted(net, ["linear"], {"default": {"modules_to_save": ["plane"]}})
+    model.model.plane.modules_to_save["default"].mean[0] = float("nan")
+    with pytest.raises(ModelError, match=r"'plane.mean'"):
+        model.merge_and_unload(safe_merge=True)
+    model.model.plane.modules_to_save["default"].mean[0] = 0.0
+    model.merge_and_unload(safe_merge=True)
+
+
+# -- inference mode --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", ["bias", "dora and plain"])
+def test_a_base_made_in_inference_mode(options: str, ids: torch.Tensor) -> None:
+    """torch lets nobody write to its weights: merged ones are new parameters."""
+    with torch.inference_mode():
+        net = EveryKind()
+    net.plane.requires_grad_(False)
+    weights = dict(net.named_parameters())
+    model = adapted(net, *OPTIONS[options])
+    twin = adapted(EveryKind(), *OPTIONS[options])
+    before = state(model.model)
+    model.merge_adapter()
+    twin.merge_adapter()
+    assert_same(model.model, state(twin.model))
+    model.unmerge_adapter()
+    assert_same(model.model, before)
+    assert all(model.model.get_submodule(name).weight is weights[f"{name}.weight"] for name in ("linear", "plane"))
+    with torch.inference_mode():
+        model.merge_adapter()
+        model.unmerge_adapter()
+    assert_same(model.model, before)
+    unloaded = copy.deepcopy(model).unload()
+    assert {name: p.requires_grad for name, p in unloaded.named_parameters()} == {
+        name: not name.startswith("plane") for name in weights
+    }
+    plain = model.merge_and_unload()
+    assert_same(plain, state(twin.merge_and_unload()))
+    trained = {name for name, parameter in plain.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name in weights if not name.startswith("plane")}
+    assert not plain.linear.weight.is_inference()
+
+
+def test_unload_of_a_base_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        net = EveryKind()
+    before = state(net)
+    model = adapted(net, *OPTIONS["plain"])
+    model.merge_adapter()
+    assert_same(model.unload(), before)
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_a_base_made_in_inference_mode_cannot_be_split() -> None:
+    with torch.inference_mode():
+        net = EveryKind()
+    model = adapted(net, ["linear"], {"default": {}})
+    before = state(model)
+    with pytest.raises(ModelError, match=r"'linear' .* inference mode"):
+        write_factors(model, *splitting(model))
+    assert_same(model, before)
+    write_factors(model, *splitting(model), base="offset")
+
+
+@pytest.mark.filterwarnings(TIED)
+@pytest.mark.filterwarnings(SHARED)
+@pytest.mark.filterwarnings("ignore:the input and output embeddings are no longer:UserWarning")
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["q_proj", "lm_head"]])
+@pytest.mark.parametrize("first", [False, True])
+def test_what_is_merged_in_inference_mode_can_be_trained(
+    first: bool, targets: list[str], tied: nn.Module, tokens: torch.Tensor
+) -> None:
+    model = adapted(tied, targets, {"default": {}})
+    expected = model(tokens).logits
+    with torch.inference_mode():
+        if first:
+            model.merge_adapter()
+            model.unmerge_adapter()
+            model.merge_adapter()
+        plain = model.merge_and_unload()
+    assert not any(parameter.is_inference() for parameter in plain.parameters())
+    assert_close(plain(tokens).logits, expected, 1e-5)
+    optimiser = torch.optim.SGD(plain.parameters(), lr=1e-3)
+    loss = plain(tokens, labels=tokens).loss
+    loss.backward()
+    optimiser.step()
+    assert plain(tokens, labels=tokens).loss < loss
+
+
 def test_a_bias_needs_one_in_the_base(ids: torch.Tensor) -> None:
     with pytest.warns(UserWarning, match="lora_bias"):
         model = adapted(EveryKind(), ["linear", "head"], {"default": {"lora_bias": True}})
@@ -698,16 +824,20 @@ def test_unload_after_loading_a_residual(tmp_path: Path, ids: torch.Tensor) -> N
         assert_close(restored[name], tensor, 2.5e-7)
 
 
+def tied_factors(model: si.LoraModel, effect: str = "splits") -> tuple[dict[str, Factors], Plan]:
+    """Factors of a tied embedding and head whose products are one another's transpose."""
+    embedding = model.lora_layers()["model.embed_tokens"].get_base_layer().weight.detach()
+    b = torch.linalg.qr(embedding.double().T)[0][:, :3].float()
+    a = (embedding.double() @ b.double()).T.float() / 2
+    factors = {"model.embed_tokens": Factors(a, b, effect=effect), "lm_head": Factors(b.T, a.T, effect=effect)}
+    return factors, Plan(dict.fromkeys(factors, 3), dict.fromkeys(factors, 3.0))
+
+
 @pytest.mark.filterwarnings(TIED)
 def test_a_tied_split_is_restored_once(tied: nn.Module) -> None:
     original = state(tied)
     model = adapted(tied, ["embed_tokens", "lm_head"], {"default": {}})
-    embedding = model.lora_layers()["model.embed_tokens"].get_base_layer().weight.detach()
-    b = torch.linalg.qr(embedding.double().T)[0][:, :3].float()
-    a = (embedding.double() @ b.double()).T.float() / 2
-    factors = {"model.embed_tokens": Factors(a, b, effect="splits"), "lm_head": Factors(b.T, a.T, effect="splits")}
-    plan = Plan(dict.fromkeys(factors, 3), dict.fromkeys(factors, 3.0))
-    write_factors(model, factors, plan)
+    write_factors(model, *tied_factors(model))
     twin = copy.deepcopy(model)
     assert_same(model.unload(), original)
     for layer in twin.lora_layers().values():
