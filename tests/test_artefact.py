@@ -261,8 +261,8 @@ def test_applying_is_loading(
 
 def test_a_loaded_artefact_can_be_applied(artefact: si.Artefact, tmp_path: Path, tiny_llama: Callable) -> None:
     artefact.save(tmp_path / "adapter")
-    model = si.LoraModel(tiny_llama(num_hidden_layers=8), artefact.config, adapter_name="start")
-    si.Artefact.load(tmp_path / "adapter").apply(model, adapter_name="start")
+    model = si.LoraModel(tiny_llama(num_hidden_layers=8), artefact.config, adapter_name="first")
+    si.Artefact.load(tmp_path / "adapter").apply(model, adapter_name="first")
     assert len(model.lora_layers()) == 20
 
 
