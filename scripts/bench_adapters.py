@@ -25,6 +25,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+from markdown_table import number, table  # noqa: E402 - it lies beside this script
+
 if TYPE_CHECKING:
     from adapter_benchmarks.rows import Row
 
@@ -51,32 +53,24 @@ def main() -> None:
         rows += importlib.import_module(f"adapter_benchmarks.{group}").run(options)
     device = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {device}, {options.threads} threads\n")
-    print(table(rows))
+    print(table(COLUMNS, map(cells, rows), words=("what", "setting", "note")))
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as markdown."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---|---|--:|--:|--:|--:|--:|--:|---|"]
-    for row in rows:
-        cells = (
-            row.what,
-            row.setting,
-            _number(row.bare_ms, "{:.4g}"),
-            _number(row.ours_ms, "{:.4g}"),
-            _number(row.theirs_ms, "{:.4g}"),
-            _number(row.speedup, "{:.2f}×"),
-            _number(row.ours_mb, "{:.0f}"),
-            _number(row.theirs_mb, "{:.0f}"),
-            row.note,
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+def cells(row: Row) -> tuple[str, ...]:
+    """One line of the table."""
+    return (
+        row.what,
+        row.setting,
+        number(row.bare_ms, "{:.4g}"),
+        number(row.ours_ms, "{:.4g}"),
+        number(row.theirs_ms, "{:.4g}"),
+        number(row.speedup, "{:.2f}×"),
+        number(row.ours_mb, "{:.0f}"),
+        number(row.theirs_mb, "{:.0f}"),
+        row.note,
+    )
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+from markdown_table import number, table  # noqa: E402 - it lies beside this script
+
 if TYPE_CHECKING:
     from method_benchmarks.rows import Row
 
@@ -65,7 +67,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows = list(collect(options))
     print(f"torch {torch.__version__}, {options.threads} threads, {platform.processor() or platform.machine()}\n")
-    print(table(rows))
+    print(table(COLUMNS, map(cells, rows), words=("method", "setting", "note")))
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
@@ -87,28 +89,20 @@ def collect(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as markdown."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---|---|--:|--:|--:|--:|--:|--:|--:|---|"]
-    for row in rows:
-        cells = (
-            row.method,
-            row.setting,
-            _number(row.ours_seconds, "{:.3g}"),
-            _number(row.theirs_seconds, "{:.3g}"),
-            _number(row.speedup, "{:.1f}×"),
-            _number(row.ours_error, "{:.1e}"),
-            _number(row.theirs_error, "{:.1e}"),
-            _number(row.ours_mb, "{:.0f}"),
-            _number(row.theirs_mb, "{:.0f}"),
-            row.note,
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+def cells(row: Row) -> tuple[str, ...]:
+    """One line of the table."""
+    return (
+        row.method,
+        row.setting,
+        number(row.ours_seconds, "{:.3g}"),
+        number(row.theirs_seconds, "{:.3g}"),
+        number(row.speedup, "{:.1f}×"),
+        number(row.ours_error, "{:.1e}"),
+        number(row.theirs_error, "{:.1e}"),
+        number(row.ours_mb, "{:.0f}"),
+        number(row.theirs_mb, "{:.0f}"),
+        row.note,
+    )
 
 
 if __name__ == "__main__":

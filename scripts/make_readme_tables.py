@@ -54,7 +54,9 @@ _EFFECTS = MappingProxyType(
         "quantises": "quantised: `W ≈ Q + s·B A`",
     }
 )
-_HOSTS = MappingProxyType({"linear": "Linear", "conv1d": "Conv1D", "convolution": "convolutions", "embedding": "Embedding"})
+_HOSTS = MappingProxyType(
+    {"linear": "Linear", "conv1d": "Conv1D", "convolution": "convolutions", "embedding": "Embedding"}
+)
 _FEATURES, _COMPONENTS = (64, 128, 384, 1024, 4096, 14336), (16, 32, 128)
 
 
