@@ -11,7 +11,15 @@ from torch import nn
 
 from smartinit.adapters import merging
 from smartinit.adapters.adapter_names import check_adapter_name
-from smartinit.adapters.base_bias import biases_of, check_biases, drop_biases, show_biases, trained_biases
+from smartinit.adapters.base_bias import (
+    biases_of,
+    check_biases,
+    check_biases_can_change,
+    drop_biases,
+    in_effect,
+    show_biases,
+    trained_biases,
+)
 from smartinit.adapters.injection import drop, inject, parts_of_model, unwrap
 from smartinit.adapters.layer import LoraLayer
 from smartinit.adapters.mixed import repeated_for_generation, rows_with_adapters
@@ -188,6 +196,7 @@ class AdaptedModel(nn.Module):
         Raises:
             UnknownNameError: there is no such adapter.
             ArgumentError: something else than names.
+            ConfigError: they cannot be active together, or biases would change that others are merged into.
         """
         if not isinstance(adapter_name, str | Iterable):
             raise ArgumentError(f"set_adapter takes a name or a list of names, not a {type(adapter_name).__name__}")
@@ -196,6 +205,7 @@ class AdaptedModel(nn.Module):
             self.config_of(name)
         for part in self.parts().values():
             part.check_active(names)
+        check_biases_can_change(self.model, self._with_biases(names))
         self._active = names
         frozen = inference_mode or (bool(names) and all(self.peft_config[name].inference_mode for name in names))
         for part in self.parts().values():
@@ -222,6 +232,7 @@ class AdaptedModel(nn.Module):
             raise ConfigError(f"adapter '{adapter_name}' is merged into the base weights: call unmerge_adapter() first")
         if len(self.peft_config) == 1:
             raise ConfigError(f"'{adapter_name}' is the only adapter: call unload(), which gives the base model back")
+        check_biases_can_change(self.model, self._with_biases([n for n in self._active if n != adapter_name]))
         restore_layers(self.model, adapter_name)
         drop(self.model, adapter_name)
         del self.peft_config[adapter_name]
@@ -321,11 +332,17 @@ class AdaptedModel(nn.Module):
                 self._show_biases()
 
     def _show_biases(self) -> None:
-        """The biases of the adapter that is active or merged, or the model's own."""
+        """The biases of the adapter that is merged or active, or the model's own."""
+        show_biases(self.model, self._with_biases(self._active))
+
+    def _with_biases(
+        self, active: Sequence[str], also_merged: Sequence[str] = (), *, disabled: bool | None = None
+    ) -> list[str]:
+        """The adapters whose biases the model is to have."""
         parts = self.parts().values()
         merged = [name for part in parts for name in part.merged_adapters]
-        disabled = any(part.disable_adapters for part in parts)
-        show_biases(self.model, [] if disabled else [*self._active, *merged])
+        disabled = any(part.disable_adapters for part in parts) if disabled is None else disabled
+        return [] if disabled else in_effect(parts, active, [*merged, *also_merged])
 
     def _show_biases_of_rows(self, adapter_names: Sequence[str]) -> None:
         used = set(adapter_names)
@@ -341,6 +358,8 @@ class AdaptedModel(nn.Module):
     def _disable(self, *, disabled: bool) -> None:
         if disabled:
             merging.unmerge_adapters(self.model)
+        else:
+            check_biases_can_change(self.model, self._with_biases(self._active, disabled=False))
         for part in self.parts().values():
             part.disable_adapters = disabled
         self._show_biases()

@@ -7,6 +7,7 @@ active. Without it (another adapter, ``disable_adapter()``, ``unload()``) the mo
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from smartinit.adapters.trained_tokens import TrainedTokens
 from smartinit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     import torch
 
@@ -68,9 +69,14 @@ class TrainedBiases:
         for key, module, bias in _biases(root, adapter_name, only_lora=config.bias == "lora_only"):
             made = copies.setdefault(id(bias), nn.Parameter(bias.detach().clone(), requires_grad=False))
             self._places.append(_Place(key, module, made))
-        if not self._places:
-            where = "layers with this adapter" if config.bias == "lora_only" else "model"
-            raise ConfigError(f"bias={config.bias!r} of adapter '{adapter_name}' has no effect: no bias in the {where}")
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._places)
+
+    def modules(self) -> list[nn.Module]:
+        """The modules that have them."""
+        return [place.module for place in self._places]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trained biases by their keys in PEFT's file without the leading ``base_model.model.``."""
@@ -121,12 +127,18 @@ def add_biases(root: nn.Module, adapter_name: str, config: LoraConfig) -> None:
         adapter_name: which adapter.
         config: its configuration.
 
-    Raises:
-        ConfigError: there is no bias to train.
+    Warns:
+        UserWarning: there is no bias to train; then none is, as in PEFT.
     """
     if config.bias == "none":
         return
     biases = TrainedBiases(root, adapter_name, config)
+    if not biases:
+        where = "the layers with it have" if config.bias == "lora_only" else "the model has"
+        warnings.warn(
+            f"bias={config.bias!r} of adapter '{adapter_name}' trains nothing: {where} no biases", stacklevel=3
+        )
+        return
     for part in _parts(root):
         if part.has(adapter_name):
             part.base_biases[adapter_name] = biases
@@ -159,10 +171,53 @@ def load_biases(root: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         fill_tensors(biases.parameters(), tensors, f"the biases that adapter '{name}' trains")
 
 
+def in_effect(parts: Collection[AdapterPart], active: Sequence[str], merged: Sequence[str]) -> list[str]:
+    """The adapters whose biases a model is to have: those that are merged, and active ones that take part beside them.
+
+    A layer with merged adapters computes with these alone. An active adapter all of whose layers are such takes no
+    part at all, and its biases would only make the output nobody's.
+
+    Args:
+        parts: the model's.
+        active: the active adapters.
+        merged: those that are merged, or are about to be.
+    """
+    free = [part for part in parts if isinstance(part, LoraLayer) and not any(map(part.has, merged))]
+    return [*merged, *(name for name in active if not merged or any(part.has(name) for part in free))]
+
+
 def show_biases(root: nn.Module, adapter_names: Collection[str]) -> None:
-    """Let the model have the biases of the one of these adapters that trains any, or else its own."""
+    """Let the model have the biases of the one of these adapters that trains any, or else its own.
+
+    Raises:
+        ConfigError: see `check_biases_can_change`; nothing has changed then.
+    """
+    check_biases_can_change(root, adapter_names)
     for name, biases in biases_of(root).items():
         biases.install(installed=name in adapter_names)
+
+
+def check_biases_can_change(root: nn.Module, adapter_names: Collection[str]) -> None:
+    """Refuse that biases come or go while an adapter with a bias of its own is merged into those that are there.
+
+    Args:
+        root: the model.
+        adapter_names: the adapters whose biases it is to have.
+
+    Raises:
+        ConfigError: the model would lose what was merged.
+    """
+    for name, biases in biases_of(root).items():
+        if biases.installed == (name in adapter_names):
+            continue
+        modules = set(biases.modules())
+        for part in _parts(root):
+            if any(module in modules and key == "bias" for w in part.merged_weights for module, key in w.places):
+                raise ConfigError(
+                    f"the biases of adapter '{name}' cannot be {'taken out' if biases.installed else 'put in'} while "
+                    f"adapter {', '.join(map(repr, part.merged_adapters))} is merged into those that the model has now "
+                    "(lora_bias=True): call unmerge_adapter() first"
+                )
 
 
 def drop_biases(root: nn.Module, adapter_name: str | None = None) -> None:

@@ -97,7 +97,7 @@ class LoraModel(AdaptedModel):
         Cost: a matrix product per layer, and the host's memory for a copy of every changed weight.
         """
         names = self._merged_names(adapter_names)
-        show_biases(self.model, [*self._active, *names])  # first: a merge may add to them
+        show_biases(self.model, self._with_biases(self._active, names))  # first: a merge may add to them
         try:
             merging.merge_adapters(self.model, names, safe_merge=safe_merge)
         finally:

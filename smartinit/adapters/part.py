@@ -20,8 +20,13 @@ if TYPE_CHECKING:
 class BaseBiases(Protocol):
     """Biases of the base model that one adapter trains: `smartinit.adapters.base_bias.TrainedBiases`."""
 
+    installed: bool
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trained ones by their keys in files."""
+
+    def modules(self) -> list[nn.Module]:
+        """The modules that have them."""
 
     def originals(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Pairs of a trained one and the base model's own."""

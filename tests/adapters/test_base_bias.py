@@ -31,8 +31,6 @@ from tests.adapters.beside_peft import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import nn
-
 Q = {"target_modules": ["query", "dense"], "r": 2}
 # PEFT takes the biases of `lora_bias` for matrices of a wrong shape.
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter 'default'. . LoRA tensor.s. have invalid shape")
@@ -209,15 +207,113 @@ def test_biases_that_are_out_come_along_when_the_model_is_cast(model: LoraModel)
 
 
 @pytest.mark.parametrize(
-    ("make", "options", "message"),
-    [
-        (llama, {"target_modules": ["q_proj"], "bias": "all"}, "no bias in the model"),
-        (llama, {"target_modules": ["q_proj"], "bias": "lora_only"}, "no bias in the layers with this adapter"),
-    ],
+    ("bias", "message"), [("all", "the model has no biases"), ("lora_only", "the layers with it have no biases")]
 )
-def test_a_model_without_biases_is_refused(make: Any, options: dict[str, Any], message: str) -> None:
-    base: nn.Module = make()
-    before = picture(base)
-    with pytest.raises(ConfigError, match=message):
-        LoraModel(base, LoraConfig(**options))
-    assert picture(base) == before
+def test_a_model_without_biases_trains_none(bias: Any, message: str, tmp_path: Path) -> None:
+    """As PEFT does, whose folders load."""
+    pytest.importorskip("peft")
+    with pytest.warns(UserWarning, match=message):
+        model = LoraModel(llama(), LoraConfig(r=2, target_modules=["q_proj"], bias=bias))
+    assert all("lora_" in name for name in trained(model))
+    ours, theirs = both(llama, target_modules=["q_proj"], bias=bias)
+    assert same_step(ours, theirs)
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=message):
+        loaded = LoraModel.from_pretrained(llama(), tmp_path)
+    assert close({"": output(loaded)}, {"": output(theirs)})
+    loaded.merge_adapter()
+    loaded.unmerge_adapter()
+    with loaded.disable_adapter():
+        assert torch.equal(output(loaded), output(llama()))
+    assert picture(loaded.unload())
+
+
+def beside(model: LoraModel, *, layers: list[str], lora_bias: bool = False) -> tuple[torch.Tensor, ...]:
+    """The model with another adapter `o`, and its outputs with `default`, with `o` and with both."""
+    model.add_adapter("o", LoraConfig(r=2, target_modules=layers, lora_bias=lora_bias))
+    outputs = []
+    for names in ("o", ["default", "o"], "default"):
+        model.set_adapter(names)
+        if names == "o":
+            scatter(model)
+        outputs.append(output(model))
+    alone, both_active, first = outputs
+    assert not close({"": first}, {"": alone}, 1e-2)
+    return first, alone, both_active
+
+
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_an_active_adapter_whose_layers_others_are_merged_into_takes_no_part(model: LoraModel, lora_bias: bool) -> None:
+    first, alone, _ = beside(model, layers=["query", "dense"], lora_bias=lora_bias)
+    before = picture(model)
+    model.merge_adapter(["o"])
+    assert close({"": output(model)}, {"": alone}, 1e-5)
+    for name in ("o", "default"):  # a switch in between
+        model.set_adapter(name)
+        assert close({"": output(model)}, {"": alone}, 1e-5)
+    twin = copy.deepcopy(model)
+    model.unmerge_adapter()
+    assert torch.equal(output(model), first)
+    assert picture(model) == before
+    assert close({"": output(twin.merge_and_unload(adapter_names=["o"]))}, {"": alone}, 1e-5)
+
+
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_an_active_adapter_in_other_layers_keeps_its_biases(model: LoraModel, lora_bias: bool) -> None:
+    first, alone, together = beside(model, layers=["key"], lora_bias=lora_bias)
+    before = picture(model)
+    model.merge_adapter(["o"])
+    assert close({"": output(model)}, {"": together}, 1e-5)
+    if lora_bias and model.config_of("default").bias == "all":
+        # The biases of `o` are in those of `default`, which cannot leave now.
+        merged = picture(model)
+        for change in (
+            lambda: model.set_adapter("o"),
+            lambda: model.delete_adapter("default"),
+            lambda: model.merge_and_unload(adapter_names=["o"]),
+        ):
+            with pytest.raises(ConfigError, match=r"biases of adapter 'default' .* 'o' .* unmerge_adapter\(\) first"):
+                change()
+        assert picture(model) == merged
+        assert model.active_adapters == ["default"]
+    else:
+        model.set_adapter("o")
+        assert close({"": output(model)}, {"": alone}, 1e-5)
+        model.set_adapter("default")
+        assert close({"": output(model)}, {"": together}, 1e-5)
+    model.unmerge_adapter()
+    assert picture(model) == before
+    assert torch.equal(output(model), first)
+    model.set_adapter("o")
+    assert torch.equal(output(model), alone)
+
+
+def test_biases_do_not_come_into_the_place_of_merged_ones() -> None:
+    model = LoraModel(bert(), LoraConfig(**Q, bias="all"))
+    scatter(model)
+    first, alone, _ = beside(model, layers=["query"], lora_bias=True)
+    model.set_adapter("o")
+    before = picture(model)
+    model.merge_adapter()
+    merged = picture(model)
+    for change in (lambda: model.set_adapter("default"), lambda: model.merge_adapter(["default"])):
+        with pytest.raises(ConfigError, match=r"unmerge_adapter\(\) first"):
+            change()
+        assert picture(model) == merged
+    assert close({"": output(model)}, {"": alone}, 1e-5)
+    model.unmerge_adapter()
+    assert picture(model) == before
+    model.disable_adapter_layers()
+    model.merge_adapter(["o", "default"])
+    disabled = picture(model)
+    with pytest.raises(ConfigError, match=r"unmerge_adapter\(\) first"):
+        model.enable_adapter_layers()
+    assert picture(model) == disabled
+    model.unmerge_adapter()
+    model.enable_adapter_layers()
+    assert picture(model) == before
+    model.merge_adapter(["o", "default"])
+    assert all(part.merged_adapters for part in model.lora_layers().values())
+    model.unmerge_adapter()
+    model.set_adapter("default")
+    assert torch.equal(output(model), first)
