@@ -16,6 +16,7 @@ from smartinit.adapters.magnitude import set_magnitude
 from smartinit.adapters.offset import subtract_start
 from smartinit.adapters.rollback import undone_on_error
 from smartinit.adapters.start import OriginalWeight, Start, forget_start, start_of, starts_of
+from smartinit.adapters.tied_factors import is_tied, with_tied
 from smartinit.errors import ArtefactError, ConfigError, UnknownNameError
 from smartinit.formats.patterns import compact_patterns, exact_target_modules
 from smartinit.planning.plan import Plan
@@ -43,7 +44,8 @@ def write_factors(
     """Give one adapter of ``model`` the ranks and alphas of ``plan`` and the values of ``factors``, in place.
 
     A layer of rank 0 loses the adapter, and its LoRA layer if no other adapter is on it. A layer that the plan does
-    not name starts by default, and one warning names all of these. Dtype and device of the adapter stay what they
+    not name starts by default, and one warning names all of these. Layers whose matrices are those of an embedding
+    (``ensure_weight_tying``) have its start: one for all of them. Dtype and device of the adapter stay what they
     were, ``requires_grad`` too where both matrices are trained, and its configuration is replaced by one that says
     what is now in the model. Values are copied: factors may share memory, the adapter's weights do not.
 
@@ -87,6 +89,7 @@ def write_factors(
         )
     layers = host.layers(adapter_name)
     _refuse_merged(layers)
+    factors, plan = with_tied(layers, adapter_name, factors, plan)
     layer_of = match_names(plan.ranks, layers)
     _check_names(host, plan, layer_of, adapter_name)
     written = {
@@ -210,8 +213,9 @@ def _write(one: Written, adapter_name: str, alpha: float, start: Any, base: Base
     _resize(layer, adapter_name, one.factors.rank, alpha, start)
     layer.scaling[adapter_name] = one.scaling
     a, b = factor_parameters(layer, adapter_name)
-    a.copy_(one.factors.a.reshape(a.shape))
-    b.copy_(one.factors.b.reshape(b.shape))
+    if not is_tied(layer, adapter_name):  # else they have been written into the layer that has them
+        a.copy_(one.factors.a.reshape(a.shape))
+        b.copy_(one.factors.b.reshape(b.shape))
     _set_trained(layer, adapter_name, one.factors.trains)
     if one.factors.effect == "splits":
         ours = isinstance(layer, LoraLayer)
@@ -223,6 +227,8 @@ def _write(one: Written, adapter_name: str, alpha: float, start: Any, base: Base
 
 def _set_trained(layer: Any, adapter_name: str, trains: Trains) -> None:  # noqa: ANN401
     """Freeze the matrix that is not trained; an adapter that is frozen stays so."""
+    if is_tied(layer, adapter_name):
+        return
     a, b = factor_parameters(layer, adapter_name)
     trained = a.requires_grad or b.requires_grad
     a.requires_grad_(trained and trains in ("a", "both"))
@@ -251,14 +257,18 @@ def _change_base(group: tuple[Written, ...], adapter_name: str, copies: BaseCopi
 
 
 def _resize(layer: Any, adapter_name: str, rank: int, alpha: float, start: Any) -> None:  # noqa: ANN401
-    if layer.r[adapter_name] == rank and not factor_parameters(layer, adapter_name)[0].is_meta:
+    if is_tied(layer, adapter_name):
+        layer.r[adapter_name], layer.lora_alpha[adapter_name] = rank, alpha
+    elif layer.r[adapter_name] == rank and not factor_parameters(layer, adapter_name)[0].is_meta:
         layer.lora_alpha[adapter_name] = alpha
     else:
         _renew(layer, adapter_name, rank, alpha, start)
 
 
 def _reset(layer: Any, adapter_name: str, start: Any) -> None:  # noqa: ANN401
-    if any(parameter.is_meta for parameter in adapter_parameters(layer, adapter_name)):
+    if is_tied(layer, adapter_name):
+        forget_start(layer, adapter_name)
+    elif any(parameter.is_meta for parameter in adapter_parameters(layer, adapter_name)):
         _renew(layer, adapter_name, layer.r[adapter_name], layer.lora_alpha[adapter_name], start)
     else:
         forget_start(layer, adapter_name)

@@ -129,6 +129,11 @@ class TransposedFactor(nn.Module):
         self._adapter_name = adapter_name
 
     @property
+    def factors(self) -> nn.ParameterDict:
+        """The embedding layer's factors by adapter name, one of which this is."""
+        return self._factors[0]
+
+    @property
     def weight(self) -> torch.Tensor:
         """The embedding's factor, transposed: a view."""
         factor: torch.Tensor = self._factors[0][self._adapter_name]
