@@ -22,11 +22,10 @@ from smartinit.adapters.conversion import scaling_for
 from smartinit.adapters.experts import ParameterLora
 from smartinit.adapters.start import start_of
 from smartinit.adapters.state import stored_layers
-from smartinit.adapters.storage import fill_adapter
+from smartinit.adapters.storage import fill_adapter, read_plain_adapter
 from smartinit.errors import ArtefactError
 from smartinit.factors import Factors
-from smartinit.formats.peft import CONFIG_FILE, read_adapter
-from smartinit.formats.record import START_FOLDER
+from smartinit.formats.kept_start import kept_start
 
 if TYPE_CHECKING:
     import os
@@ -104,7 +103,7 @@ def restore_adapters(model: AdaptedModel, folder: str | os.PathLike[str]) -> Non
         MissingFileError: an adapter of the model is not in the folder.
     """
     for name in model.peft_config:
-        stored = read_adapter(_folder_of(folder, name), allow_others=True)
+        stored = read_plain_adapter(_folder_of(folder, name))
         layers = stored_layers(model.model, name)
         _require_scalings(layers, name, stored)
         _require_starts(layers, name, stored)
@@ -151,8 +150,8 @@ def _require_scalings(layers: dict[str, LoraLayer], adapter_name: str, stored: S
 
 def _require_starts(layers: dict[str, LoraLayer], adapter_name: str, stored: StoredAdapter) -> None:
     """A base that gave its start up must have done so before the training and now, and given up the same."""
-    folder = stored.folder / START_FOLDER
-    kept = read_adapter(folder).factors if (folder / CONFIG_FILE).is_file() else {}
+    given_up = kept_start(stored)
+    kept = {} if given_up is None else given_up.factors
     for name, layer in layers.items():
         start = start_of(layer, adapter_name)
         held = None if start is None or start.base != "residual" else start

@@ -9,6 +9,7 @@ is what it was, and it is saved so.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,22 +20,42 @@ from smartinit.adapters.experts import ParameterLora
 from smartinit.adapters.loading import put_others_in
 from smartinit.adapters.start import start_of
 from smartinit.adapters.state import stored_layers, stored_others, stored_parts
-from smartinit.errors import ArtefactError, ConfigError
+from smartinit.adapters.storage import read_plain_adapter
+from smartinit.adapters.tying import TransposedFactor
+from smartinit.errors import ArgumentError, ArtefactError, ConfigError
+from smartinit.formats.kept_start import kept_start
 from smartinit.formats.patterns import compact_patterns
-from smartinit.formats.peft import CONFIG_FILE, read_adapter
-from smartinit.formats.record import START_FOLDER
 from smartinit.formats.tensors import PREFIX
 from smartinit.planning.plan import Plan
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Callable
 
     from smartinit.adapters.adapted import AdaptedModel
     from smartinit.adapters.layer import LoraLayer
     from smartinit.factors import Factors
     from smartinit.formats.peft import StoredAdapter
 
+
+def _rows(trained: object) -> object:
+    """Which rows are trained; a list means those of the input embedding, whatever its name."""
+    if isinstance(trained, Mapping):
+        trained = next(iter(trained.values())) if len(trained) == 1 else dict(trained)
+    return trained or None
+
+
+# What two adapters must have in common -> how its values are compared. Whole modules are compared by their tensors'
+# names as well, which do not say which rows or which parameter they are for.
+_SAME_OPTIONS: Mapping[str, Callable[[Any], object]] = {
+    "use_dora": bool,
+    "lora_bias": bool,
+    "bias": str,
+    "ensure_weight_tying": bool,
+    "target_parameters": lambda names: list(names or ()),
+    "trainable_token_indices": _rows,
+    "modules_to_save": bool,
+}
 _MAGNITUDE = "lora_magnitude_vector"
 _BIAS = "lora_B.bias"
 
@@ -42,6 +63,8 @@ _BIAS = "lora_B.bias"
 @torch.no_grad()
 def prepare_for_hotswap(model: AdaptedModel, target_rank: int) -> None:
     """See `smartinit.LoraModel.prepare_for_hotswap`."""
+    if isinstance(target_rank, bool) or not isinstance(target_rank, int):
+        raise ArgumentError(f"target_rank={target_rank!r} is a {type(target_rank).__name__}; expected an integer")
     if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
         raise ConfigError("the model is compiled already: prepare it for swaps first, and compile it then")
     layers = [
@@ -71,9 +94,9 @@ def hotswap_adapter(model: AdaptedModel, folder: str | os.PathLike[str], adapter
     """See `smartinit.LoraModel.hotswap_adapter`."""
     config = model.config_of(adapter_name)
     _require_unmerged(model, adapter_name)
-    stored = read_adapter(folder, allow_others=True)
-    for option in ("use_dora", "lora_bias", "bias"):
-        if getattr(config, option) != getattr(stored.config, option):
+    stored = read_plain_adapter(folder)
+    for option, meaning in _SAME_OPTIONS.items():
+        if meaning(getattr(config, option)) != meaning(getattr(stored.config, option)):
             raise ArtefactError(
                 f"adapter '{adapter_name}' has {option}={getattr(config, option)!r}, but the one in '{stored.folder}' "
                 f"has {getattr(stored.config, option)!r}; load it under another name instead"
@@ -92,7 +115,8 @@ def hotswap_adapter(model: AdaptedModel, folder: str | os.PathLike[str], adapter
 def _widen(layer: LoraLayer, adapter_name: str, rank: int) -> None:
     """Give one adapter of a layer matrices of a larger rank that compute the same; they are new parameters."""
     former = layer.matrices(adapter_name)
-    if layer.r[adapter_name] != rank:
+    followed = adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], TransposedFactor)
+    if layer.r[adapter_name] != rank and not followed:  # else the embedding's are widened, which it looks at
         bias = layer.lora_B[adapter_name].bias if layer.lora_bias[adapter_name] else None
         layer.new_matrices(adapter_name, rank, device=former[0].device, dtype=former[0].dtype)
         a, b = layer.matrices(adapter_name)
@@ -104,7 +128,7 @@ def _widen(layer: LoraLayer, adapter_name: str, rank: int) -> None:
         for modules in (layer.lora_A, layer.lora_B):
             if adapter_name in modules:
                 modules[adapter_name].train(layer.training)
-        layer.r[adapter_name] = rank
+    layer.r[adapter_name] = rank
     _set_scaling(layer, adapter_name, float(layer.scaling[adapter_name]))
 
 
@@ -135,7 +159,7 @@ def _require_unmerged(model: AdaptedModel, adapter_name: str) -> None:
 
 def _check_starts(layers: Mapping[str, LoraLayer], adapter_name: str, stored: StoredAdapter) -> None:
     split = next((name for name, layer in layers.items() if start_of(layer, adapter_name) is not None), None)
-    if split is not None or (stored.folder / START_FOLDER / CONFIG_FILE).is_file():
+    if split is not None or kept_start(stored) is not None:
         where = f"layer '{split}' of adapter '{adapter_name}'" if split is not None else f"'{stored.folder}'"
         raise ConfigError(
             f"{where} was split from its base, which only fits the adapter that it was split for; convert it to plain "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smartinit.adapters.bare import bare_module_names
 from smartinit.adapters.injection import drop
-from smartinit.adapters.loading import put_in
+from smartinit.adapters.loading import put_in, require_finite
 from smartinit.adapters.state import adapter_state, as_matrices, residual_starts, stored_layers, stored_others
 from smartinit.config import LoraConfig
 from smartinit.errors import ArtefactError, ConfigError
@@ -61,20 +62,24 @@ def load_kohya(
     names = bare_module_names(model.model)
     read = read_kohya(file, names, prefix)
     patterns = compact_patterns(read.plan)
-    config = LoraConfig(
-        r=patterns.r,
-        lora_alpha=patterns.lora_alpha,
-        rank_pattern=patterns.rank_pattern,
-        alpha_pattern=patterns.alpha_pattern,
-        target_modules=exact_target_modules(read.factors, names, complete=True),
-        use_dora=_uses_dora(file, {name: pair.magnitude is not None for name, pair in read.factors.items()}),
-        inference_mode=not is_trainable,
-    )
-    model.add_adapter(adapter_name, config)
+    said = {  # as a file says it: alphas need not be positive there
+        "peft_type": "LORA",
+        "r": patterns.r,
+        "lora_alpha": patterns.lora_alpha,
+        "rank_pattern": patterns.rank_pattern,
+        "alpha_pattern": patterns.alpha_pattern,
+        "target_modules": exact_target_modules(read.factors, names, complete=True),
+        "use_dora": _uses_dora(file, {name: pair.magnitude is not None for name, pair in read.factors.items()}),
+        "inference_mode": not is_trainable,
+    }
+    config = LoraConfig.from_dict(said)
+    stored = StoredAdapter(Path(file), config, read.factors, read.forms)
+    require_finite(stored)
+    model.add_adapter(adapter_name, config, low_cpu_mem_usage=True)
     try:
         layers = stored_layers(model.model, adapter_name)
         forms = {name: _form(layers[name], adapter_name, form) for name, form in read.forms.items()}
-        put_in(model.model, adapter_name, StoredAdapter(Path(file), config, read.factors, forms), config)
+        put_in(model.model, adapter_name, replace(stored, forms=forms), config)
     except BaseException:
         drop(model.model, adapter_name)
         del model.peft_config[adapter_name]

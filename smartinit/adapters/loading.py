@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,6 +54,28 @@ def put_in(root: nn.Module, adapter_name: str, stored: StoredAdapter, config: Lo
     for name, layer in layers_among(parts).items():
         fill_layer(layer, adapter_name, name, stored.factors[name])
     put_others_in(root, adapter_name, others, parts, biases)
+
+
+def require_finite(stored: StoredAdapter) -> None:
+    """Refuse NaN and Inf, which would spread from one layer to everything that the model computes.
+
+    Raises:
+        ArtefactError: a tensor holds one; its layer is named.
+
+    Cost: one pass over the file.
+    """
+    tensors = {
+        f"{part} of layer '{name}'": tensor
+        for name, pair in stored.factors.items()
+        for part, tensor in (("lora_A", pair.a), ("lora_B", pair.b), (_MAGNITUDE, pair.magnitude))
+        if tensor is not None
+    }
+    tensors |= {f"'{key}'": tensor for key, tensor in stored.others.items() if tensor.is_floating_point()}
+    for what, tensor in tensors.items():
+        values = tensor.float() if tensor.element_size() == 1 else tensor  # of bytes torch compares nothing
+        # Without a second tensor of that size, as isfinite would make.
+        if values.numel() and not all(math.isfinite(end) for end in values.aminmax()):
+            raise ArtefactError(f"{what} in '{stored.folder}' holds NaN or Inf; it is not loaded, so save it again")
 
 
 def put_others_in(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -11,15 +13,18 @@ from smartinit.adapters.bare import bare_module_names
 from smartinit.adapters.conversion import convert, scaling_for
 from smartinit.adapters.experts import parameter_names
 from smartinit.adapters.injection import drop
-from smartinit.adapters.loading import put_in
+from smartinit.adapters.loading import put_in, require_finite
+from smartinit.adapters.start import start_of
 from smartinit.adapters.state import adapter_state, remember_starts, residual_starts, stored_layers, stored_others
-from smartinit.errors import ArtefactError, ConfigError
-from smartinit.formats.peft import CONFIG_FILE, StoredAdapter, read_adapter, write_adapter
+from smartinit.errors import ArgumentError, ArtefactError
+from smartinit.formats.kept_start import kept_start, remove_start, require_free_start
+from smartinit.formats.peft import TENSOR_FILE, StoredAdapter, read_adapter, write_adapter
 from smartinit.formats.record import START_FOLDER
-from smartinit.formats.start import read_start
+from smartinit.formats.stamp import OWNER_STAMP, START_STAMP, file_digest, layers_digest
+from smartinit.formats.start import read_start, require_own_base
+from smartinit.targets.patterns import rank_for
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import torch
@@ -27,23 +32,37 @@ if TYPE_CHECKING:
 
     from smartinit.adapters.adapted import AdaptedModel
     from smartinit.adapters.conversion import Conversion
+    from smartinit.adapters.layer import LoraLayer
     from smartinit.adapters.state import AdapterState
     from smartinit.config import LoraConfig
+    from smartinit.factors import Factors
 
 T = TypeVar("T", bound="AdaptedModel")
+
+_LARGEST_RANK = 2**31 - 1  # beyond it even matrices without values cannot be made
 
 
 def save(
     model: AdaptedModel,
     folder: str | os.PathLike[str],
-    path_initial_model_for_weight_conversion: str | None = None,
+    initial: str | None = None,
     selected_adapters: Sequence[str] | None = None,
 ) -> None:
-    """See `smartinit.LoraModel.save_pretrained`."""
+    """See `smartinit.LoraModel.save_pretrained`; ``initial`` is its ``path_initial_model_for_weight_conversion``."""
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ArgumentError(f"the folder to save into is a {type(folder).__name__}; expected its path")
+    if isinstance(selected_adapters, str):
+        raise ArgumentError(
+            f"selected_adapters={selected_adapters!r} is no list of names; write [{selected_adapters!r}]"
+        )
     names = list(model.peft_config) if selected_adapters is None else list(selected_adapters)
-    for adapter_name in names:
-        path = Path(folder) if adapter_name == "default" else Path(folder) / adapter_name
-        _save_adapter(model, adapter_name, path, path_initial_model_for_weight_conversion)
+    paths = {name: Path(folder) if name == "default" else Path(folder) / name for name in names}
+    for adapter_name, path in paths.items():  # before anything is written
+        model.config_of(adapter_name)
+        if initial is None and residual_starts(stored_layers(model.model, adapter_name), adapter_name) is not None:
+            require_free_start(path)
+    for adapter_name, path in paths.items():
+        _save_adapter(model, adapter_name, path, initial)
 
 
 def _save_adapter(model: AdaptedModel, adapter_name: str, path: Path, initial: str | None) -> None:
@@ -53,20 +72,23 @@ def _save_adapter(model: AdaptedModel, adapter_name: str, path: Path, initial: s
     others: Mapping[str, torch.Tensor] = stored_others(root, adapter_name, config)
     base_model = config.base_model_name_or_path or getattr(root, "name_or_path", None)
     written: AdapterState | Conversion
+    start = None
     if initial is None:
         written = state = adapter_state(layers, adapter_name)
         start = residual_starts(layers, adapter_name)
+        if _changed_base(model, adapter_name):  # which has no name here
+            config, base_model = config.copy(), None
+            config.base_model_name_or_path = None
     else:
-        start, state = None, adapter_state(layers, adapter_name, plain=False)
+        state = adapter_state(layers, adapter_name, plain=False)
         origin = read_start(initial)
         written = convert(StoredAdapter(path, config, state.factors, state.forms, others), origin)
         others = written.others
         base_model = origin.base_model or base_model
-    if start is not None:  # for the residual base, which has no name here
-        config, base_model = config.copy(), None
-        config.base_model_name_or_path = None
-        if START_FOLDER in model.peft_config and adapter_name == "default":
-            raise ConfigError(f"rename the adapter '{START_FOLDER}': its folder would be that of the start")
+    stamps = {}
+    if start is not None:  # first: the adapter names it
+        _write_start(path / START_FOLDER, config, start, written.factors)
+        stamps = {START_STAMP: file_digest(path / START_FOLDER / TENSOR_FILE)}
     parameters = parameter_names(root)
     write_adapter(
         path,
@@ -79,12 +101,50 @@ def _save_adapter(model: AdaptedModel, adapter_name: str, path: Path, initial: s
         forms=state.forms,
         parameters={name: parameters[name] for name in layers if name in parameters},
         others=others,
+        stamps=stamps,
     )
-    if start is not None:
-        alone = config.copy()  # of the start only the matrices are kept
-        alone.modules_to_save = alone.trainable_token_indices = alone.target_parameters = None
-        alone.bias, alone.lora_bias = "none", False
-        write_adapter(path / START_FOLDER, alone, start.plan, start.factors, dtype=None, forms=start.forms)
+    if start is None:
+        remove_start(path)
+
+
+def _write_start(folder: Path, config: LoraConfig, start: AdapterState, trained: Mapping[str, Factors]) -> None:
+    """Write the start of one adapter; of its configuration only what is about the matrices is kept."""
+    alone = config.copy()
+    alone.modules_to_save = alone.trainable_token_indices = alone.target_parameters = None
+    alone.bias, alone.lora_bias = "none", False
+    stamps = {OWNER_STAMP: layers_digest(trained)}
+    write_adapter(folder, alone, start.plan, start.factors, dtype=None, forms=start.forms, stamps=stamps)
+
+
+def _changed_base(model: AdaptedModel, adapter_name: str) -> bool:
+    """Whether the base is another one than the model was loaded with.
+
+    Warns:
+        UserWarning: it is so for the sake of another adapter, which nobody who loads this one alone would know.
+    """
+    owners = {
+        name: path
+        for path, layer in model.lora_layers().items()
+        for name in model.peft_config
+        if _changed_for(layer, name)
+    }
+    other = next((name for name in owners if name != adapter_name), None)
+    if other is not None and adapter_name not in owners:
+        warnings.warn(
+            f"adapter '{adapter_name}' is for the base that adapter '{other}' has changed (layer '{owners[other]}' for "
+            "instance), not for the original: load it beside that one, or train it on the original base; the folder "
+            "names no base model",
+            stacklevel=5,
+        )
+    return bool(owners)
+
+
+def _changed_for(layer: LoraLayer, adapter_name: str) -> bool:
+    """Whether a layer's base was split, or quantised, for one adapter."""
+    start, original = start_of(layer, adapter_name), layer.original_weight
+    if start is not None and start.base == "residual":
+        return True
+    return original is not None and original.adapter_name == adapter_name
 
 
 def from_pretrained(
@@ -97,10 +157,11 @@ def from_pretrained(
     low_cpu_mem_usage: bool,
 ) -> T:
     """See `smartinit.LoraModel.from_pretrained`."""
+    del low_cpu_mem_usage  # values that a file replaces are never made
     with _uncollected():
-        stored = read_adapter(folder, allow_others=True)
+        stored = read_plain_adapter(folder)
         config = _config_for(model, stored, is_trainable=is_trainable)
-        wrapped = kind(model, config, adapter_name, low_cpu_mem_usage)
+        wrapped = kind(model, config, adapter_name, True)  # on the meta device
         try:
             fill_adapter(wrapped, adapter_name, stored)
         except BaseException:
@@ -118,15 +179,31 @@ def load_adapter(
     low_cpu_mem_usage: bool,
 ) -> None:
     """See `smartinit.LoraModel.load_adapter`."""
+    del low_cpu_mem_usage
     with _uncollected():
-        stored = read_adapter(folder, allow_others=True)
-        model.add_adapter(adapter_name, _config_for(model.model, stored, is_trainable=is_trainable), low_cpu_mem_usage)
+        stored = read_plain_adapter(folder)
+        config = _config_for(model.model, stored, is_trainable=is_trainable)
+        model.add_adapter(adapter_name, config, low_cpu_mem_usage=True)
         try:
             fill_adapter(model, adapter_name, stored)
         except BaseException:
             drop(model.model, adapter_name)
             del model.peft_config[adapter_name]
             raise
+
+
+def read_plain_adapter(folder: str | os.PathLike[str]) -> StoredAdapter:
+    """An adapter folder with everything in it, for the model's base as it is.
+
+    Raises:
+        MissingFileError: there is no such folder.
+        ArgumentError: ``folder`` is no path.
+        ArtefactError: it is no adapter, or one for another base; a matrix is not finite.
+    """
+    stored = read_adapter(folder, allow_others=True)
+    require_own_base(stored)
+    require_finite(stored)
+    return stored
 
 
 @contextmanager
@@ -152,8 +229,8 @@ def fill_adapter(model: AdaptedModel, adapter_name: str, stored: StoredAdapter) 
         ArtefactError: names or shapes do not fit this model.
     """
     put_in(model.model, adapter_name, stored, model.config_of(adapter_name))
-    if (stored.folder / START_FOLDER / CONFIG_FILE).is_file():
-        start = read_adapter(stored.folder / START_FOLDER)
+    start = kept_start(stored)
+    if start is not None:
         scalings = {name: scaling_for(start.config, name, pair.rank) for name, pair in start.factors.items()}
         remember_starts(stored_layers(model.model, adapter_name), adapter_name, start, scalings)
 
@@ -167,6 +244,24 @@ def _config_for(model: nn.Module, stored: StoredAdapter, *, is_trainable: bool) 
             f"the adapter in '{stored.folder}' has weights for {len(unknown)} layers that this model does not have, "
             f"for instance '{unknown[0]}'; was it made for another model?"
         )
+    _require_ranks(stored)
     config = stored.config.copy()
     config.inference_mode = not is_trainable
     return config
+
+
+def _require_ranks(stored: StoredAdapter) -> None:
+    """Refuse a configuration that asks for larger matrices than the file holds, before anything is made."""
+    config = stored.config
+    for name, pair in stored.factors.items():
+        said = rank_for(config, name)
+        # Of bare parameters the file names the module only, and holds the ranks of all experts together; tied layers
+        # have the embedding's.
+        if said != pair.rank and not (config.target_parameters or config.ensure_weight_tying):
+            raise ArtefactError(
+                f"the configuration of the adapter in '{stored.folder}' gives layer '{name}' rank {said}, where its "
+                f"matrices in the file have rank {pair.rank}; the two files do not belong together"
+            )
+    largest = max(config.r, *config.rank_pattern.values(), 0)
+    if largest > _LARGEST_RANK:
+        raise ArtefactError(f"the configuration of the adapter in '{stored.folder}' asks for rank {largest}")

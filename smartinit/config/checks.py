@@ -62,6 +62,16 @@ def number(name: str, value: object, expected: str, low: float, high: float) -> 
     )
 
 
+def boolean(name: str, value: object) -> None:
+    """True or false, and nothing that merely counts as one of them, such as the string "no"."""
+    require(isinstance(value, bool), f"{name}={value!r} cannot be: expected True or False")
+
+
+def finite(name: str, value: object) -> None:
+    """Any finite number."""
+    number(name, value, "a finite number", -math.inf, math.inf)
+
+
 def positive(name: str, value: object) -> None:
     """A finite number above zero."""
     number(name, value, "a finite number above 0", math.nextafter(0, 1), math.inf)

@@ -102,6 +102,9 @@ class LoraConfig:
     def __post_init__(self) -> None:
         """Bring the fields into one form, check them, and name the method configs that have no effect."""
         self._settle()
+        checks.positive("lora_alpha", self.lora_alpha)
+        for key, alpha in self.alpha_pattern.items():
+            checks.positive(f"alpha_pattern[{key!r}]", alpha)
         for method, (name, _) in methods.METHOD_CONFIGS.items():
             if getattr(self, name) is not None and self.method != method:
                 warnings.warn(
@@ -161,7 +164,8 @@ class LoraConfig:
             checks.require("peft_type" in data, f"{key!r} is no option of a LoRA config{near}")
             if value:
                 warnings.warn(f"{key}={value!r} in a saved LoRA config is not known and has no effect", stacklevel=2)
-        return cls(**{key: value for key, value in data.items() if key in known}, extra=extra)
+        fields = {key: value for key, value in data.items() if key in known}
+        return cls._with_any_alphas(fields | {"extra": extra}) if "peft_type" in data else cls(**fields, extra=extra)
 
     @classmethod
     def from_peft(cls, config: object) -> LoraConfig:
@@ -180,7 +184,18 @@ class LoraConfig:
             default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
             checks.require(value == default or f.name in _RECORDS, _refusal(f.name, value))
             extra[f.name] = value
-        return cls(**{key: getattr(config, key) for key in known if hasattr(config, key)}, extra=extra)
+        fields = {key: getattr(config, key) for key in known if hasattr(config, key)}
+        return cls._with_any_alphas(fields | {"extra": extra})
+
+    @classmethod
+    def _with_any_alphas(cls, fields: Mapping[str, Any]) -> LoraConfig:
+        """As the constructor, but alphas need not be positive: PEFT asks no more of them than to be numbers."""
+        alphas = {name: fields[name] for name in ("lora_alpha", "alpha_pattern") if name in fields}
+        config = cls(**{name: value for name, value in fields.items() if name not in alphas})
+        for name, value in alphas.items():
+            setattr(config, name, value)
+        config._settle_values()
+        return config
 
     @classmethod
     def from_any(cls, config: object) -> LoraConfig:
@@ -263,7 +278,9 @@ class LoraConfig:
         self.task_type = getattr(self.task_type, "value", self.task_type)
         checks.choice("task_type", self.task_type, (None, *TASK_TYPES))
         self.r = checks.integer("r", self.r, 1)
-        checks.positive("lora_alpha", self.lora_alpha)
+        for switch in (f.name for f in dataclasses.fields(self) if f.type == "bool"):
+            checks.boolean(switch, getattr(self, switch))
+        checks.finite("lora_alpha", self.lora_alpha)
         checks.number("lora_dropout", self.lora_dropout, "a number from 0 to below 1", 0, math.nextafter(1, 0))
         checks.choice("bias", self.bias, ("none", "all", "lora_only"))
         self.runtime_config = methods.read_config("runtime_config", self.runtime_config, methods.LoraRuntimeConfig) or (
@@ -276,7 +293,7 @@ class LoraConfig:
         self.alpha_pattern = dict(self.alpha_pattern or {})
         for key, alpha in self.alpha_pattern.items():
             checks.regex("alpha_pattern", key)
-            checks.positive(f"alpha_pattern[{key!r}]", alpha)
+            checks.finite(f"alpha_pattern[{key!r}]", alpha)
         self.extra = dict(self.extra)
         self.init_options = dict(self.init_options or {})
         checks.choice("match_gain", self.match_gain, (None, "kaiming"))
@@ -294,7 +311,6 @@ class LoraConfig:
         for entry in self.modules_to_save or ():
             checks.regex("modules_to_save", entry)
         self._settle_tokens()
-        checks.choice("ensure_weight_tying", self.ensure_weight_tying, (True, False))
         if self.layers_pattern is not None and not isinstance(self.layers_pattern, str):
             self.layers_pattern = checks.names("layers_pattern", self.layers_pattern)
         for entry in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ():

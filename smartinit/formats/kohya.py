@@ -154,7 +154,7 @@ def read_kohya(path: str | os.PathLike[str], module_names: Iterable[str], prefix
             f"'{file}' is a pickle, which can run any code when it is read, so it is not; convert it to safetensors "
             "where you trust it"
         )
-    tensors = mapped_file(file)
+    tensors, _ = mapped_file(file)
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith(f"{prefix}_"):
@@ -217,6 +217,8 @@ def _layer(file: Path, flat: str, parts: Mapping[str, torch.Tensor]) -> tuple[Fa
     alpha = parts.get(_ALPHA)
     if alpha is not None and alpha.numel() != 1:
         raise ArtefactError(f"'{file}' gives layer '{flat}' an alpha of shape {tuple(alpha.shape)}; expected a number")
+    if alpha is not None and not torch.isfinite(alpha).all():
+        raise ArtefactError(f"'{file}' gives layer '{flat}' the alpha {float(alpha)}; expected a finite number")
     magnitude = parts.get(_MAGNITUDE)
     if magnitude is not None and (magnitude.shape[:1] != b.shape[:1] or magnitude.numel() != b.shape[0]):
         raise ArtefactError(

@@ -7,6 +7,8 @@ another value makes a loader run that initialisation again, or a server refuse t
 from __future__ import annotations
 
 import json
+import os
+import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save as save_tensors
 
 from smartinit.config import OWN_FIELDS, LoraConfig
 from smartinit.errors import (
+    ArgumentError,
     ArtefactError,
     ConfigError,
     MissingFileError,
@@ -26,11 +28,11 @@ from smartinit.errors import (
 )
 from smartinit.formats.files import write_file
 from smartinit.formats.patterns import compact_patterns, exact_target_modules
-from smartinit.formats.tensors import open_tensors, read_tensors, stored_tensors
+from smartinit.formats.stamp import CONFIG_STAMP, config_digest
+from smartinit.formats.tensors import file_content, open_tensors, read_tensors, stored_tensors
 from smartinit.planning.plan import Plan
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterable, Iterator, Mapping
 
     from smartinit.factors import Factors
@@ -63,6 +65,8 @@ _SPENT: dict[str, object] = {
     "loftq_config": {},
     "lora_ga_config": None,
 }
+# Seconds before each attempt to read two files that were written together.
+_WAITS = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.4)
 # Fields for which PEFT looks for tensors in the file, and breaks (KeyError) or complains without.
 _NEED_TENSORS = ("modules_to_save", "target_parameters", "trainable_token_indices")
 
@@ -77,6 +81,7 @@ class StoredAdapter:
         factors: module name -> ``a (r, in)``, ``b (out, r)``, in the file's order.
         forms: module name -> how the file shows them.
         others: every other tensor by its key, where those were asked for.
+        metadata: what the tensor file's header says besides, see `smartinit.formats.stamp`.
     """
 
     folder: Path
@@ -84,6 +89,7 @@ class StoredAdapter:
     factors: Mapping[str, Factors]
     forms: Mapping[str, Form] = field(default_factory=dict)
     others: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def adapter_config(
@@ -159,6 +165,7 @@ def write_adapter(
     forms: Mapping[str, Form] | None = None,
     parameters: Mapping[str, str] | None = None,
     others: Mapping[str, torch.Tensor] | None = None,
+    stamps: Mapping[str, str] | None = None,
 ) -> None:
     """Write the two files that PEFT loads, each in one step; the folder is made, other files in it stay.
 
@@ -174,6 +181,7 @@ def write_adapter(
         parameters: as of `adapter_config`.
         others: everything else that the configuration trains (modules, tokens, biases) by its key in the file. None:
             it is not at hand, and the file does not speak of it.
+        stamps: as of `write_files`.
 
     Raises:
         ConfigError: every target has rank 0; or the factors do not go with the plan.
@@ -198,11 +206,24 @@ def write_adapter(
     tensors = stored_tensors(factors, dtype=dtype, forms=forms)
     for key, tensor in (others or {}).items():  # each with memory of its own: files cannot share it
         tensors[key] = tensor.detach().to(device="cpu", copy=True).contiguous()
-    write_files(folder, content, tensors)
+    write_files(folder, content, tensors, stamps)
 
 
-def write_files(folder: str | os.PathLike[str], config: Mapping[str, object], tensors: dict[str, torch.Tensor]) -> None:
+def write_files(
+    folder: str | os.PathLike[str],
+    config: Mapping[str, object],
+    tensors: dict[str, torch.Tensor],
+    stamps: Mapping[str, str] | None = None,
+) -> None:
     """Write both files, the tensors first, each in one step; the folder is made, other files in it stay.
+
+    The tensors say which configuration they go with, so that `read_adapter` tells when only one file is new.
+
+    Args:
+        folder: where to.
+        config: the content of ``adapter_config.json``.
+        tensors: by key.
+        stamps: what the tensor file is to say of the start: see `smartinit.formats.stamp`.
 
     Raises:
         OutputError: they cannot be written.
@@ -212,8 +233,10 @@ def write_files(folder: str | os.PathLike[str], config: Mapping[str, object], te
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make folder '{path}': {error.strerror or error}") from error
-    write_file(path / TENSOR_FILE, save_tensors(tensors, metadata={"format": "pt"}))
-    write_file(path / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True, allow_nan=False).encode())
+    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
+    metadata = {"format": "pt", CONFIG_STAMP: config_digest(json.loads(text)), **(stamps or {})}
+    write_file(path / TENSOR_FILE, file_content(tensors, metadata))
+    write_file(path / CONFIG_FILE, text.encode())
 
 
 def read_adapter(folder: str | os.PathLike[str], *, allow_others: bool = False) -> StoredAdapter:
@@ -227,15 +250,43 @@ def read_adapter(folder: str | os.PathLike[str], *, allow_others: bool = False) 
 
     Raises:
         MissingFileError: there is no such folder.
-        ArtefactError: a file is missing, broken, or holds (unless allowed) something else than LoRA.
+        ArgumentError: ``folder`` is no path.
+        ArtefactError: a file is missing, broken, or holds (unless allowed) something else than LoRA; or, for longer
+            than a writer takes, the two files were not written together.
     """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ArgumentError(f"the adapter folder is a {type(folder).__name__}; expected its path")
     path = Path(folder)
-    config = read_config(path, read_file(path / CONFIG_FILE))
-    with _named_errors(path / TENSOR_FILE):
-        stored = open_tensors(path / TENSOR_FILE)
+    for wait in _WAITS:
+        time.sleep(wait)
+        content, changed = _content_and_time(path / CONFIG_FILE)
+        with _named_errors(path / TENSOR_FILE):
+            stored = open_tensors(path / TENSOR_FILE)
+            others_changed = (path / TENSOR_FILE).stat().st_mtime_ns
+        stamp = stored.metadata.get(CONFIG_STAMP)
+        # The configuration is written last: one that is newer than the tensors was edited, and means what it says.
+        if (
+            stamp is None
+            or changed > others_changed
+            or stamp == config_digest(read_object(path / CONFIG_FILE, content))
+        ):
+            break
+    else:
+        raise ArtefactError(
+            f"'{path / CONFIG_FILE}' is not the one that '{path / TENSOR_FILE}' was written with: the folder is being "
+            "written, or that was interrupted, or files of two adapters are mixed; read it again later, or save the "
+            "adapter again"
+        )
+    config = read_config(path, content)
     if not allow_others:
         _require_no_others(path / TENSOR_FILE, stored)
-    return StoredAdapter(path, config, stored.factors, stored.forms, stored.others)
+    return StoredAdapter(path, config, stored.factors, stored.forms, stored.others, stored.metadata)
+
+
+def _content_and_time(path: Path) -> tuple[bytes, int]:
+    """A file whole, and when it was last written to."""
+    with _named_errors(path), path.open("rb") as file:
+        return file.read(), os.fstat(file.fileno()).st_mtime_ns
 
 
 def read_file(path: Path) -> bytes:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from smartinit.errors import ArtefactError, VerificationError
 from smartinit.formats.peft import CONFIG_FILE, TENSOR_FILE, read_file, read_object
+from smartinit.formats.stamp import file_digest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +34,7 @@ def record_text(values: Mapping[str, object], folder: Path) -> bytes:
     NaN and infinities (a rate over no time, say) become null, which JSON has a form for.
     """
     held = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    files = {name: _sha256(folder / name) for name in held if _MAY_HOLD.fullmatch(name)}
+    files = {name: file_digest(folder / name) for name in held if _MAY_HOLD.fullmatch(name)}
     content = {"format": FORMAT, **values, "files": files}
     return json.dumps(_plain(content), indent=1, sort_keys=True, allow_nan=False).encode()
 
@@ -86,8 +87,14 @@ def check_digests(folder: Path, record: Mapping[str, object], *, below: str | No
             continue
         if not (folder / name).is_file():
             raise ArtefactError(f"'{folder / name}' is missing; the folder is not whole, so copy it again")
-        if _sha256(folder / name) != digest:
+        if file_digest(folder / name) != digest:
             raise VerificationError(_changed(folder / name))
+
+
+def lists_start(record: Mapping[str, object]) -> bool:
+    """Whether the record was written with a start in its own sub-folder."""
+    digests = record.get("files")
+    return isinstance(digests, dict) and f"{START_FOLDER}/{TENSOR_FILE}" in digests
 
 
 def _digests(folder: Path, record: Mapping[str, object]) -> dict[str, object]:
@@ -102,14 +109,6 @@ def _changed(path: Path) -> str:
         f"'{path}' is not the file that {RECORD_FILE} was written with: its sha256 differs; if it was "
         "trained since, load it with PEFT or LoraModel.from_pretrained, else compute it again"
     )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _plain(value: object) -> object:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, get_args
 
 from smartinit.errors import ArtefactError, ConfigError, MissingFileError
 from smartinit.factors import Effect
-from smartinit.formats.peft import CONFIG_FILE, TENSOR_FILE, read_adapter
+from smartinit.formats.kept_start import kept_start, owner_of
+from smartinit.formats.peft import TENSOR_FILE, read_adapter
 from smartinit.formats.record import RECORD_FILE, START_FOLDER, check_digests, read_record_only
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from smartinit.factors import Factors
     from smartinit.formats.peft import StoredAdapter
     from smartinit.formats.tensors import Form
+
+# Of PEFT's starts, those that leave the base alone: with them B A is zero, but for rounding.
+_KEEPING = ("gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +67,8 @@ def read_start(folder: str | os.PathLike[str]) -> Start:
     path = Path(folder)
     if not path.is_dir():
         raise MissingFileError(f"there is no folder '{path}'; name the adapter folder that the training started from")
-    if not (path / RECORD_FILE).is_file():  # a model of this package may have written it, and kept its start
-        return _of_peft(path / START_FOLDER if (path / START_FOLDER / CONFIG_FILE).is_file() else path)
+    if not (path / RECORD_FILE).is_file() or owner_of(path / START_FOLDER) is not None:
+        return _of_adapter(read_adapter(path, allow_others=True))
     record = read_record_only(path)
     effects = _effects(path, record.get("effects"))
     if record.get("base") == "doubled":
@@ -85,7 +89,13 @@ def read_start(folder: str | os.PathLike[str]) -> Start:
 def as_start(stored: StoredAdapter) -> Start:
     """What PEFT's own conversion would make of an adapter that was saved before any training."""
     init = stored.config.init_lora_weights
-    effect: Effect = "shifts" if init is False else "quantises" if init == "loftq" else "splits"
+    effect: Effect = "splits"
+    if init is False:
+        effect = "shifts"
+    elif init in _KEEPING:
+        effect = "keeps"
+    elif init == "loftq":
+        effect = "quantises"
     return Start(
         stored.folder,
         stored.config,
@@ -96,8 +106,35 @@ def as_start(stored: StoredAdapter) -> Start:
     )
 
 
-def _of_peft(path: Path) -> Start:
-    return as_start(read_adapter(path, allow_others=True))
+def require_own_base(stored: StoredAdapter) -> None:
+    """Refuse an adapter for a base that PEFT would make anew from the model's, by its ``init_lora_weights``.
+
+    Raises:
+        ArtefactError: it is one; the way out is named.
+    """
+    init = stored.config.init_lora_weights
+    if isinstance(init, bool) or init in _KEEPING:
+        return
+    if init == "loftq":
+        way = "load it with PEFT, and merge it there (merge_and_unload) into the quantised base that it was trained on"
+    else:
+        way = (
+            "load it with PEFT and save it with path_initial_model_for_weight_conversion=<the adapter as it was before "
+            "training>, or run `smartinit convert` with that as start, and load the result"
+        )
+    raise ArtefactError(
+        f"the adapter in '{stored.folder}' says init_lora_weights={init!r}: its weights are for a base that this start "
+        f"has changed, not for the model as it is; {way}"
+    )
+
+
+def _of_adapter(stored: StoredAdapter) -> Start:
+    kept = kept_start(stored)
+    if kept is None:
+        return as_start(stored)
+    effects: dict[str, Effect] = dict.fromkeys(stored.factors, "keeps")
+    effects |= dict.fromkeys(kept.factors, "splits")
+    return Start(kept.folder, kept.config, kept.factors, kept.forms, effects, kept.config.base_model_name_or_path)
 
 
 def _effects(path: Path, effects: object) -> dict[str, Effect]:

@@ -12,13 +12,15 @@ Everything else (biases, modules_to_save, trained tokens) is carried along by it
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 
 from smartinit.errors import ArtefactError, ConfigError, VerificationError
 from smartinit.factors import Factors
@@ -58,11 +60,13 @@ class StoredTensors:
         factors: module name -> matrices, and DoRA's magnitude where there is one, in the file's order.
         forms: module name -> how the file shows them.
         others: every other tensor, by its key in the file.
+        metadata: what the file's header says besides, see `smartinit.formats.stamp`.
     """
 
     factors: Mapping[str, Factors]
     forms: Mapping[str, Form]
     others: Mapping[str, torch.Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def stored_tensors(
@@ -103,6 +107,22 @@ def stored_tensors(
     return tensors
 
 
+def file_content(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with these tensors: the same bytes whenever it is made.
+
+    Args:
+        tensors: by key, contiguous, each with its own memory.
+        metadata: what the header says besides; PEFT wants ``format`` to be ``pt``.
+    """
+    content = save_tensors(dict(tensors), metadata=dict(metadata))
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(metadata.items()))  # safetensors puts them in another order every time
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the numbers after it are aligned
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+
+
 def read_tensors(path: Path, content: bytes) -> StoredTensors:
     """Everything in the file; ``path`` is for the errors.
 
@@ -125,11 +145,12 @@ def open_tensors(path: Path) -> StoredTensors:
         OSError: it cannot be read.
         ArtefactError: as of `read_tensors`.
     """
-    return sorted_tensors(path, mapped_file(path))
+    tensors, metadata = mapped_file(path)
+    return replace(sorted_tensors(path, tensors), metadata=metadata)
 
 
-def mapped_file(path: Path) -> dict[str, torch.Tensor]:
-    """A safetensors file, key -> window into it, in its order; see `open_tensors`.
+def mapped_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A safetensors file: key -> window into it, in its order (see `open_tensors`), and its metadata.
 
     Raises:
         OSError: it cannot be read.
@@ -137,7 +158,7 @@ def mapped_file(path: Path) -> dict[str, torch.Tensor]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.offset_keys()}
+            return {key: file.get_tensor(key) for key in file.offset_keys()}, file.metadata() or {}
     except _BROKEN as error:
         raise ArtefactError(f"'{path}' is no readable safetensors file ({error}); it is broken or truncated") from error
 

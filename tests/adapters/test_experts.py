@@ -382,6 +382,7 @@ def test_rows_with_adapters_of_their_own(tokens: torch.Tensor, randomise: Callab
     model = LoraModel(mixtral(), LoraConfig(r=2, target_parameters=EXPERTS))
     model.add_adapter("other", LoraConfig(r=2, target_parameters=EXPERTS))
     model.add_adapter("layers", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.eval()
     randomise(model)
     model.set_adapter("other")
     expected = model(tokens).logits
