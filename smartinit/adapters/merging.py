@@ -235,9 +235,7 @@ def _undone_on_error(parts: Mapping[str, AdapterPart]) -> Iterator[None]:
     before = [(part, list(part.merged_adapters), list(part.merged_weights)) for part in parts.values()]
     weights = {id(weight): weight for _, _, kept in before for weight in kept}.values()
     places = [(*place, getattr(*place)) for weight in weights for place in weight.places]
-    # Also what is merged into but out of its place, as a bias is while an adapter's own stands there.
-    written = {parameter for _, _, parameter in places} | {w.original for w in weights if w.values is not None}
-    values = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in written]
+    values = [(parameter, parameter.detach().to("cpu", copy=True)) for _, _, parameter in places]
     try:
         yield
     except BaseException:

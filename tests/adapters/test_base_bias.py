@@ -309,6 +309,7 @@ def test_biases_do_not_come_into_the_place_of_merged_ones() -> None:
     with pytest.raises(ConfigError, match=r"unmerge_adapter\(\) first"):
         model.enable_adapter_layers()
     assert picture(model) == disabled
+    assert all(part.disable_adapters for part in model.parts().values())
     model.unmerge_adapter()
     model.enable_adapter_layers()
     assert picture(model) == before

@@ -11,6 +11,7 @@ import torch
 
 import smartinit as si
 from smartinit.adapters.attach import write_factors
+from smartinit.adapters.restoring import restore_layers
 from smartinit.config import LoraConfig
 from smartinit.errors import ConfigError, ModelError
 from tests.adapters.test_merging import (
@@ -113,6 +114,10 @@ def test_without_a_copy_the_start_is_added(tmp_path: Path, original: dict[str, t
     assert torch.equal(refusing.lora_layers()["embed"].weight, kept)
     assert list(refusing.peft_config) == ["default", "b"]
 
+    restore_layers(loaded.model, "default")
+    once = state(loaded)
+    restore_layers(loaded.model, "default")
+    assert_same(loaded, once)
     with pytest.warns(UserWarning, match="'b' is now"):
         loaded.delete_adapter("default")
     restored = state(loaded.unload())
@@ -147,6 +152,7 @@ def test_one_of_two_tied_layers_with_another_adapter(tied: nn.Module) -> None:  
     original = state(tied)
     model = adapted(tied, ["embed_tokens", "lm_head"], {"default": {}})
     write_factors(model, *tied_factors(model))
+    assert model.lora_layers()["lm_head"].original_weight is not None
     model.add_adapter("b", LoraConfig(r=2, target_modules=["lm_head"]))
     model.add_adapter("c", LoraConfig(r=2, target_modules=["q_proj"]))
     before = state(model)
@@ -154,8 +160,10 @@ def test_one_of_two_tied_layers_with_another_adapter(tied: nn.Module) -> None:  
         model.delete_adapter("default")
     assert_same(model, before)
     model.delete_adapter("b")
+    head = model.lora_layers()["lm_head"]
     with pytest.warns(UserWarning, match="'c' is now"):
         model.delete_adapter("default")
+    assert head.original_weight is None, "the copies are of no use any more"
     assert_same(model.unload(), original)
 
 
