@@ -126,6 +126,7 @@ def _write_base(artefact: Artefact, model: nn.Module, folder: Path, options: dic
     """The model that the adapter belongs to, with its tokenizer if it has one."""
     import transformers
 
+    from smartinit.cli.load_model import quiet_transformers
     from smartinit.convert import save_residual_model
 
     try:
@@ -134,9 +135,10 @@ def _write_base(artefact: Artefact, model: nn.Module, folder: Path, options: dic
         )
     except (OSError, ValueError):  # a model without one is a model all the same
         tokenizer = None
-    save_residual_model(model, artefact, folder, force=options["force"])
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    with quiet_transformers():
+        save_residual_model(model, artefact, folder, force=options["force"])
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
 
 @dataclass(frozen=True)

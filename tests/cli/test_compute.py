@@ -290,6 +290,7 @@ def test_ctrl_c(saved_model, data_file, tmp_path, moment):
 def test_a_split_is_written_with_its_base_and_converts(compute, run_cli, tmp_path):
     done = compute("--method", "pissa", "--quiet")
     assert done.code == 0, done.err
+    assert done.err == ""
     assert f"base:    {tmp_path / 'adapter-base'}" in done.out
     assert (tmp_path / "adapter-base" / "tokenizer.json").is_file()
     plain = tmp_path / "plain"
