@@ -21,7 +21,7 @@ from smartinit.adapters.loading import put_others_in
 from smartinit.adapters.start import start_of
 from smartinit.adapters.state import stored_layers, stored_others, stored_parts
 from smartinit.adapters.storage import read_plain_adapter
-from smartinit.adapters.tying import TransposedFactor
+from smartinit.adapters.tied_factors import is_tied
 from smartinit.errors import ArgumentError, ArtefactError, ConfigError
 from smartinit.formats.kept_start import kept_start
 from smartinit.formats.patterns import compact_patterns
@@ -115,8 +115,8 @@ def hotswap_adapter(model: AdaptedModel, folder: str | os.PathLike[str], adapter
 def _widen(layer: LoraLayer, adapter_name: str, rank: int) -> None:
     """Give one adapter of a layer matrices of a larger rank that compute the same; they are new parameters."""
     former = layer.matrices(adapter_name)
-    followed = adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], TransposedFactor)
-    if layer.r[adapter_name] != rank and not followed:  # else the embedding's are widened, which it looks at
+    # A tied layer's are the embedding's, which are widened where they are.
+    if layer.r[adapter_name] != rank and not is_tied(layer, adapter_name):
         bias = layer.lora_B[adapter_name].bias if layer.lora_bias[adapter_name] else None
         layer.new_matrices(adapter_name, rank, device=former[0].device, dtype=former[0].dtype)
         a, b = layer.matrices(adapter_name)

@@ -257,3 +257,80 @@ def test_an_adapter_that_was_split_from_its_base_is_not_swapped(folders: dict[st
         plain.hotswap_adapter(tmp_path / "split")
     with pytest.raises(ConfigError, match="layer 'up' of adapter 'default' was split from its base"):
         split.hotswap_adapter(folders["partial"])
+
+
+TIED = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+
+
+def tied(rank: int, seed: int, **options: Any) -> LoraModel:
+    """A model whose head shares its embedding's weight, with an adapter on it of random values."""
+    adapted = LoraModel(llama(tie_word_embeddings=True), LoraConfig(r=rank, lora_alpha=3, **(TIED | options)))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in (p for p in adapted.parameters() if p.requires_grad):
+            parameter.normal_(std=0.3)
+    return adapted
+
+
+def test_tied_factors_stay_tied(tmp_path: Path) -> None:
+    model = tied(2, 1)
+    wanted, size = output(model), model.get_nb_trainable_parameters()[0]
+    model.prepare_for_hotswap(4)
+    assert model.get_nb_trainable_parameters()[0] == 2 * size
+    assert torch.allclose(output(model), wanted, 0, 1e-6)
+    embedding, head = model.lora_layers().values()
+    assert head.r == embedding.r == {"default": 4}
+    for one, other in zip(head.matrices("default"), reversed(embedding.matrices("default")), strict=True):
+        assert one.data_ptr() == other.data_ptr()
+        assert torch.equal(one, other.T)
+    for rank in (4, 3):
+        other_model = tied(rank, rank)
+        other_model.save_pretrained(tmp_path / str(rank))
+        model.hotswap_adapter(tmp_path / str(rank))
+        assert torch.allclose(output(model), output(other_model), 0, 1e-6)
+    model.save_pretrained(tmp_path / "again")
+    loaded = LoraModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path / "again")
+    assert torch.allclose(output(loaded), output(model), 0, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "option"),
+    [
+        ({"trainable_token_indices": [1, 2]}, {"trainable_token_indices": [5, 7]}, "trainable_token_indices"),
+        ({"trainable_token_indices": [1, 2]}, {"trainable_token_indices": [2, 1]}, "trainable_token_indices"),
+        (
+            {"trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}},
+            {"trainable_token_indices": {"embed_tokens": [2], "lm_head": [1]}},
+            "trainable_token_indices",
+        ),
+        ({"modules_to_save": ["lm_head"]}, {}, "modules_to_save"),
+        ({"target_parameters": ["q_proj.weight"]}, {"target_parameters": ["k_proj.weight"]}, "target_parameters"),
+        ({"ensure_weight_tying": True, "trainable_token_indices": [1]}, {"trainable_token_indices": [1]}, "ensure_"),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_adapters_that_train_something_else_are_not_swapped(
+    mine: dict[str, Any], theirs: dict[str, Any], option: str, turned: bool, tmp_path: Path
+) -> None:
+    if turned:
+        mine, theirs = theirs, mine
+    tie = "ensure_weight_tying" in mine | theirs
+    make = (lambda: llama(tie_word_embeddings=True)) if tie else llama
+    targets = {"r": 2, "target_modules": ["v_proj"]}
+    LoraModel(make(), LoraConfig(**targets, **theirs)).save_pretrained(tmp_path)
+    model = LoraModel(make(), LoraConfig(**targets, **mine))
+    before, wanted = values(model), picture(model)
+    with pytest.raises(ArtefactError, match=f"has {option}.*, but the one in"):
+        model.hotswap_adapter(tmp_path)
+    assert picture(model) == wanted
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_the_same_rows_may_be_named_in_two_ways(tmp_path: Path) -> None:
+    options = {"r": 2, "target_modules": ["v_proj"]}
+    other = LoraModel(llama(), LoraConfig(**options, trainable_token_indices={"embed_tokens": [4, 2]}))
+    scatter(other)
+    other.save_pretrained(tmp_path)
+    model = LoraModel(llama(), LoraConfig(**options, trainable_token_indices=[4, 2]))
+    model.hotswap_adapter(tmp_path)
+    assert torch.equal(output(model), output(other))

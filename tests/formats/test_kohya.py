@@ -193,6 +193,11 @@ GOOD = {f"{Q}.lora_down.weight": torch.ones(2, 4), f"{Q}.lora_up.weight": torch.
         ({f"{Q}.lora_up.weight": torch.ones(6, 3)}, r"shape \(2, 4\) and a lora_up of shape \(6, 3\); their rank"),
         ({f"{Q}.lora_up.weight": torch.ones(6, 2, dtype=torch.int8)}, "their rank must be the same"),
         ({f"{Q}.alpha": torch.ones(2)}, r"an alpha of shape \(2,\)"),
+        ({f"{Q}.alpha": torch.tensor(float("nan"))}, "gives layer '.*to_q' the alpha nan; expected a finite number"),
+        (
+            {f"{Q}.lora_up.weight": torch.full((6, 2), float("inf"))},
+            "lora_B of layer 'down_blocks.0.to_q' in .* holds NaN or Inf",
+        ),
         ({f"{Q}.dora_scale": torch.ones(1, 6)}, r"a dora_scale of shape \(1, 6\).*norms over inputs cannot be read"),
         ({f"{Q}.lora_down.weight": torch.ones(2, 5)}, r"shape \(2, 5\) for layer 'down_blocks.0.to_q'.*takes \(2, 4\)"),
         (
@@ -215,6 +220,14 @@ def test_what_cannot_be_read_is_named(changes: dict[str, Any], message: str, see
     assert torch.equal(model(IMAGE), before)
     assert [id(module) for module in model.modules()] == modules
     assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("alpha", [0.0, -3.0])
+def test_an_alpha_need_not_be_positive(alpha: float, seed: int, tmp_path: Path) -> None:
+    save_file(GOOD | {f"{Q}.alpha": torch.tensor(alpha)}, tmp_path / "x.safetensors")
+    model = adapted(seed)
+    model.load_kohya(tmp_path / "x.safetensors", "x")
+    assert model.lora_layers()["down_blocks.0.to_q"].scaling["x"] == alpha / 2
 
 
 def test_names_that_may_mean_several_modules_are_refused(tmp_path: Path) -> None:
