@@ -205,7 +205,8 @@ class AdaptedModel(nn.Module):
             self.config_of(name)
         for part in self.parts().values():
             part.check_active(names)
-        check_biases_can_change(self.model, self._with_biases(names))
+        if self._trains_biases():
+            check_biases_can_change(self.model, self._with_biases(names))
         self._active = names
         frozen = inference_mode or (bool(names) and all(self.peft_config[name].inference_mode for name in names))
         for part in self.parts().values():
@@ -333,7 +334,12 @@ class AdaptedModel(nn.Module):
 
     def _show_biases(self) -> None:
         """The biases of the adapter that is merged or active, or the model's own."""
-        show_biases(self.model, self._with_biases(self._active))
+        if self._trains_biases():
+            show_biases(self.model, self._with_biases(self._active))
+
+    def _trains_biases(self) -> bool:
+        """Whether any adapter does; else nobody need search a large model for them."""
+        return any(config.bias != "none" for config in self.peft_config.values())
 
     def _with_biases(
         self, active: Sequence[str], also_merged: Sequence[str] = (), *, disabled: bool | None = None

@@ -16,7 +16,7 @@ from smartinit.adapters.stand_in import Places
 from smartinit.adapters.trained_tokens import add_trained_tokens
 from smartinit.adapters.tying import embedding_ties, tie_factors
 from smartinit.errors import TargetError
-from smartinit.targets.patterns import alpha_for, rank_for
+from smartinit.targets.patterns import alpha_finder, rank_finder
 from smartinit.targets.select import select_targets
 from smartinit.targets.weight import ALL_HOSTS
 
@@ -112,6 +112,7 @@ def _add_lora_layers(root: nn.Module, adapter_name: str, config: LoraConfig, dev
     ties = embedding_ties(root) if config.ensure_weight_tying else None
     tied = ties.tied if ties is not None and ties.embedding in names else ()
     places = Places(parts_of_model(root))
+    rank_of, alpha_of = rank_finder(config), alpha_finder(config)
     for name in [*(name for name in names if name not in tied), *tied]:
         places.check(name, LoraLayer, adapter_name)
         module = root.get_submodule(name)
@@ -123,7 +124,7 @@ def _add_lora_layers(root: nn.Module, adapter_name: str, config: LoraConfig, dev
         if layer.training != module.training:  # it tells every module inside, one by one
             layer.train(module.training)
         named = ties.embedding if ties is not None and name in tied else name
-        layer.update_layer(adapter_name, rank_for(config, named), alpha_for(config, named), config, device=device)
+        layer.update_layer(adapter_name, rank_of(named), alpha_of(named), config, device=device)
         if named != name:
             tie_factors(layer, root.get_submodule(named), adapter_name)
         root.set_submodule(name, layer)

@@ -34,6 +34,24 @@ if TYPE_CHECKING:
     from smartinit.factors import Trains
 
 
+class _Unfilled(nn.Linear):
+    """A linear layer that draws no numbers when it is made."""
+
+    def reset_parameters(self) -> None:
+        """Nothing."""
+
+
+def _linear(
+    in_features: int, out_features: int, *, bias: bool, device: torch.device | str, dtype: torch.dtype
+) -> nn.Linear:
+    """A new `torch.nn.Linear`; on the meta device, which has no numbers, none are drawn: that takes long there."""
+    if torch.device(device).type != "meta":
+        return nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+    made: nn.Linear = _Unfilled(in_features, out_features, bias=bias, device=device, dtype=dtype)
+    made.__class__ = nn.Linear  # what it is but for that
+    return made
+
+
 class LoraLayer(Scaled, WrappedLayer):
     """A layer with any number of named low-rank adapters beside it.
 
@@ -50,6 +68,15 @@ class LoraLayer(Scaled, WrappedLayer):
         original_weight: the base weight from before it was split (or quantised) for an adapter; see `Start`.
         trains: adapter -> which of its matrices are trained; the other stays frozen even while it is active.
     """
+
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    scaling: dict[str, float]
+    use_rslora: dict[str, bool]
+    use_dora: dict[str, bool]
+    lora_bias: dict[str, bool]
+    trains: dict[str, Trains]
+    original_weight: OriginalWeight | None
 
     adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_magnitude_vector")
     other_param_names = (
@@ -72,15 +99,10 @@ class LoraLayer(Scaled, WrappedLayer):
         self.lora_B = nn.ModuleDict()
         self.lora_magnitude_vector = nn.ModuleDict()
         self.lora_dropout = nn.ModuleDict()
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
-        self.use_rslora: dict[str, bool] = {}
-        self.use_dora: dict[str, bool] = {}
-        self.lora_bias: dict[str, bool] = {}
-        self.trains: dict[str, Trains] = {}
         self.start = nn.ModuleDict()
-        self.original_weight: OriginalWeight | None = None
+        # Past torch, which would look at each whether it is a module or a tensor, for thousands of layers.
+        values = ("r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_bias", "trains")
+        vars(self).update({name: {} for name in values}, original_weight=None)
 
     def adapters(self) -> list[str]:
         """The adapters that have matrices here."""
@@ -122,7 +144,8 @@ class LoraLayer(Scaled, WrappedLayer):
         self.use_rslora[adapter_name] = bool(config.use_rslora)
         self.trains[adapter_name] = "both"
         self.set_alpha(adapter_name, lora_alpha)
-        if config.init_lora_weights is not False:  # new matrices are random; drawn once, they are PEFT's for one seed
+        # New matrices are random; drawn once, they are PEFT's for one seed. On the meta device nothing is drawn.
+        if config.init_lora_weights is not False and torch.device(where).type != "meta":
             self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self.use_dora[adapter_name] = bool(config.use_dora)
         if config.use_dora:
@@ -130,7 +153,9 @@ class LoraLayer(Scaled, WrappedLayer):
         for part in (*self.adapter_layer_names, "lora_dropout"):
             modules = getattr(self, part)
             if isinstance(modules, nn.ModuleDict) and adapter_name in modules:
-                modules[adapter_name].train(self.training)
+                made = modules[adapter_name]
+                if made.training != self.training:  # it tells every module inside, one by one
+                    made.train(self.training)
 
     def check_config(self, config: LoraConfig) -> None:
         """Refuse, or warn of, options that do not go with this layer.
@@ -148,8 +173,8 @@ class LoraLayer(Scaled, WrappedLayer):
     def new_matrices(self, adapter_name: str, r: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
         """Make A and B of one adapter, without values."""
         biased = self.lora_bias[adapter_name]
-        self.lora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False, device=device, dtype=dtype)
-        self.lora_B[adapter_name] = nn.Linear(r, self.out_features, bias=biased, device=device, dtype=dtype)
+        self.lora_A[adapter_name] = _linear(self.in_features, r, bias=False, device=device, dtype=dtype)
+        self.lora_B[adapter_name] = _linear(r, self.out_features, bias=biased, device=device, dtype=dtype)
 
     def matrices(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B of one adapter, the parameters themselves: ``(r, in)`` and ``(out, r)``, see the kinds of layers."""
@@ -184,9 +209,10 @@ class LoraLayer(Scaled, WrappedLayer):
         """Make these adapters the active ones and, unless ``inference_mode``, the trainable ones."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         for name in self.r:
-            for one, matrix in zip(("a", "b"), self.matrices(name), strict=True):
-                if self.trains.get(name, "both") not in (one, "both"):
-                    matrix.requires_grad_(False)
+            trained = self.trains.get(name, "both")
+            if trained != "both":
+                a, b = self.matrices(name)
+                (b if trained == "a" else a).requires_grad_(False)
 
     def forward(
         self, x: torch.Tensor, *args: object, adapter_names: Sequence[str] | None = None, **kwargs: object

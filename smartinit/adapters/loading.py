@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -113,7 +114,7 @@ def fill_layer(layer: LoraLayer, adapter_name: str, name: str, pair: Factors) ->
         norms = torch.empty(magnitude.shape, dtype=magnitude.dtype) if pair.magnitude is None else pair.magnitude
         values[_MAGNITUDE] = norms.reshape(magnitude.shape)
     base = layer.get_base_layer()
-    first = next(iter((*base.parameters(), *base.buffers())), None)
+    first = next(itertools.chain(base.parameters(), base.buffers()), None)
     fill_tensors(matrices, values, f"layer '{name}'", None if first is None else first.device)
     if adapter_name in layer.lora_magnitude_vector and pair.magnitude is None:
         set_magnitude(layer, adapter_name)

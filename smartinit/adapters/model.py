@@ -206,7 +206,8 @@ class LoraModel(AdaptedModel):
         the base model nothing, embeddings with adapters included. Every file is written in one step.
 
         An adapter that was applied with ``base="offset"`` is written as plain LoRA for the base as it is. One whose
-        base gave its start up keeps that start in the sub-folder ``start``.
+        base gave its start up keeps that start in the sub-folder ``start`` and names no base model; nor does one beside
+        it, which a warning tells. The start of an adapter that is written over is removed.
 
         Args:
             folder: where to.
@@ -215,10 +216,10 @@ class LoraModel(AdaptedModel):
             selected_adapters: which; None: all.
 
         Raises:
-            OutputError: the folder cannot be written.
+            OutputError: the folder cannot be written, or an adapter of its own is in the start's place.
             ArtefactError: the start is for another model or other layers.
             ModelError: the adapter has no values yet (``low_cpu_mem_usage``).
-            UnknownNameError: there is no such adapter.
+            UnknownNameError: there is no such adapter; nothing was written.
             VerificationError: a matrix or magnitude is not finite.
         """
         self._require_adapters()
@@ -244,13 +245,12 @@ class LoraModel(AdaptedModel):
             folder: the adapter folder.
             adapter_name: what to call it here.
             is_trainable: whether to train it; else it is frozen.
-            low_cpu_mem_usage: make no values for the new layers before the file's are copied into them. The file is
-                read in pieces either way: the adapter is in memory once.
+            low_cpu_mem_usage: without effect: nothing that the file replaces is made, and it is in memory once.
 
         Raises:
             MissingFileError: there is no such folder.
-            ArtefactError: the folder is no adapter, or one for another model: the first tensor that is missing, has no
-                place or another shape is named. ``model`` is then as it was.
+            ArtefactError: the folder is no adapter, or one for another model or for a base that PEFT splits again; what
+                is missing, has no place, another shape or NaN is named. ``model`` is then as it was.
         """
         return storage.from_pretrained(
             cls, model, folder, adapter_name, is_trainable=is_trainable, low_cpu_mem_usage=low_cpu_mem_usage

@@ -51,6 +51,12 @@ class AdapterPart(nn.Module):
         merged_weights: the parameters of the base layer that they are in, with what these were before.
     """
 
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    merged_weights: list[MergedWeight]
+    disable_adapters: bool
+    base_biases: dict[str, BaseBiases]  # of adapters that train the model's own: see base_bias.py
+
     # What belongs to one adapter, by where it is kept: the same two names as on PEFT's layers.
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ()
@@ -58,11 +64,10 @@ class AdapterPart(nn.Module):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.active_adapters: list[str] = []
-        self.merged_adapters: list[str] = []
-        self.merged_weights: list[MergedWeight] = []
-        self.disable_adapters = False
-        self.base_biases: dict[str, BaseBiases] = {}  # of adapters that train the model's own: see base_bias.py
+        # Past torch, which would look at each whether it is a module or a tensor, for thousands of parts.
+        vars(self).update(
+            active_adapters=[], merged_adapters=[], merged_weights=[], disable_adapters=False, base_biases={}
+        )
 
     @property
     def merged(self) -> bool:

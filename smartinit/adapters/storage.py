@@ -22,7 +22,7 @@ from smartinit.formats.peft import TENSOR_FILE, StoredAdapter, read_adapter, wri
 from smartinit.formats.record import START_FOLDER
 from smartinit.formats.stamp import OWNER_STAMP, START_STAMP, file_digest, layers_digest
 from smartinit.formats.start import read_start, require_own_base
-from smartinit.targets.patterns import rank_for
+from smartinit.targets.patterns import rank_finder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -219,6 +219,9 @@ def _uncollected() -> Iterator[None]:
         yield
     finally:
         if enabled:
+            if not gc.get_freeze_count():  # what somebody has frozen stays so
+                gc.freeze()  # and back: all objects now count as old, and are not looked at as new ones at once
+                gc.unfreeze()
             gc.enable()
 
 
@@ -253,8 +256,9 @@ def _config_for(model: nn.Module, stored: StoredAdapter, *, is_trainable: bool) 
 def _require_ranks(stored: StoredAdapter) -> None:
     """Refuse a configuration that asks for larger matrices than the file holds, before anything is made."""
     config = stored.config
+    rank_of = rank_finder(config)
     for name, pair in stored.factors.items():
-        said = rank_for(config, name)
+        said = rank_of(name)
         # Of bare parameters the file names the module only, and holds the ranks of all experts together; tied layers
         # have the embedding's.
         if said != pair.rank and not (config.target_parameters or config.ensure_weight_tying):

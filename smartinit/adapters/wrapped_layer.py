@@ -28,10 +28,14 @@ class WrappedLayer(AdapterPart):
         base_norms: row norms of ``W``, for DoRA; see `forget_norms`.
     """
 
+    in_features: int
+    out_features: int
+    base_norms: BaseNorms
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.in_features, self.out_features = self.features(self.get_base_layer())
-        self.base_norms = BaseNorms()
+        columns, rows = self.features(self.get_base_layer())
+        vars(self).update(in_features=columns, out_features=rows, base_norms=BaseNorms())  # as in AdapterPart
 
     @staticmethod
     def features(base_layer: nn.Module) -> tuple[int, int]:

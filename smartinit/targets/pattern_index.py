@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
 
+_REMEMBERED = 1 << 14
+
+
 # Python's own cache holds 512 patterns; with more, as in a plan of a large model, each match would compile again.
 @lru_cache(maxsize=1 << 16)
 def compiled(pattern: str) -> re.Pattern[str]:
@@ -39,6 +42,7 @@ class PatternIndex:
 
     def __init__(self, keys: tuple[str, ...]) -> None:
         self._keys = keys
+        self._answers: dict[tuple[str, ...], str | None] = {}
         # (whole name?, length, where any character may be) -> text with those taken out -> number of the first key
         self._names: dict[tuple[bool, int, tuple[int, ...]], dict[str, int]] = {}
         self._others: list[int] = []
@@ -55,7 +59,15 @@ class PatternIndex:
             self._by_length.setdefault(length, []).append((whole, anything, found))
 
     def first(self, names: Collection[str]) -> str | None:
-        """The first key that matches any of these names."""
+        """The first key that matches any of these names; it is remembered, as ranks and alphas often have one index."""
+        asked = tuple(names)
+        if asked not in self._answers:
+            if len(self._answers) >= _REMEMBERED:
+                self._answers.clear()
+            self._answers[asked] = self._first(asked)
+        return self._answers[asked]
+
+    def _first(self, names: tuple[str, ...]) -> str | None:
         best = len(self._keys)
         for name in names:
             if "\n" in name:  # which `.` does not match, and `$` may stand before

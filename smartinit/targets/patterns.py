@@ -11,7 +11,7 @@ from smartinit.targets.names import base_names, match_names, normalise_name
 from smartinit.targets.pattern_index import compiled, pattern_index
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from smartinit.config import LoraConfig
 
@@ -81,28 +81,44 @@ def in_chosen_layers(config: LoraConfig, name: str) -> bool:
     return number == layers if isinstance(layers, int) else number in layers
 
 
-def _lookup(patterns: Mapping[str, T], name: str, default: T) -> T:
-    """PEFT's rule: the first pattern that matches the name's end; failing that, the name itself as a key."""
-    if not patterns:
-        return default
-    names = base_names(name)
-    key = pattern_index(tuple(patterns)).first(names)
-    if key is not None:
-        return patterns[key]
-    return next((patterns[candidate] for candidate in names if candidate in patterns), default)
+def rank_finder(config: LoraConfig) -> Callable[[str], int]:
+    """`rank_for` of many names, for as long as the configuration stays as it is: its patterns are gone through once."""
+    return _finder(config.rank_pattern, config.r)
+
+
+def alpha_finder(config: LoraConfig) -> Callable[[str], float]:
+    """`alpha_for` of many names, as `rank_finder`."""
+    return _finder(config.alpha_pattern, config.lora_alpha)
 
 
 def rank_for(config: LoraConfig, name: str) -> int:
     """The rank of a module: ``rank_pattern``'s, else ``r``. Wrappers before the name do not matter, ``^`` does."""
-    return _lookup(config.rank_pattern, name, config.r)
+    return rank_finder(config)(name)
 
 
 def alpha_for(config: LoraConfig, name: str) -> float:
     """The alpha of a module: ``alpha_pattern``'s, else ``lora_alpha``; names as in `rank_for`."""
-    return _lookup(config.alpha_pattern, name, config.lora_alpha)
+    return alpha_finder(config)(name)
+
+
+def _finder(patterns: Mapping[str, T], default: T) -> Callable[[str], T]:
+    """PEFT's rule: the first pattern that matches the name's end; failing that, the name itself as a key."""
+    if not patterns:
+        return lambda _: default
+    index = pattern_index(tuple(patterns))
+
+    def find(name: str) -> T:
+        names = base_names(name)
+        key = index.first(names)
+        if key is not None:
+            return patterns[key]
+        return next((patterns[candidate] for candidate in names if candidate in patterns), default)
+
+    return find
 
 
 __all__ = [
+    "alpha_finder",
     "alpha_for",
     "in_chosen_layers",
     "in_entries",
@@ -110,5 +126,6 @@ __all__ = [
     "match_module",
     "match_names",
     "normalise_name",
+    "rank_finder",
     "rank_for",
 ]
