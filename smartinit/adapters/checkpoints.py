@@ -23,6 +23,7 @@ from smartinit.adapters.experts import ParameterLora
 from smartinit.adapters.start import start_of
 from smartinit.adapters.state import stored_layers
 from smartinit.adapters.storage import fill_adapter, read_plain_adapter
+from smartinit.adapters.trained_alike import difference
 from smartinit.errors import ArtefactError
 from smartinit.factors import Factors
 from smartinit.formats.kept_start import kept_start
@@ -99,11 +100,19 @@ def restore_adapters(model: AdaptedModel, folder: str | os.PathLike[str]) -> Non
         folder: written by ``save_pretrained`` of a model with the same adapters.
 
     Raises:
-        ArtefactError: another adapter, scaling or start than the model has.
+        ArtefactError: another adapter, configuration, scaling or start than the model has; a tensor that does not fit.
         MissingFileError: an adapter of the model is not in the folder.
+
+        All adapters are read and looked at before the first is changed.
     """
-    for name in model.peft_config:
+    restored = {}
+    for name, config in model.peft_config.items():
         stored = read_plain_adapter(_folder_of(folder, name))
+        if found := difference(config, stored.config):
+            raise ArtefactError(
+                f"adapter '{name}' has {found[0]}, but the checkpoint in '{stored.folder}' has {found[1]}; make the "
+                "model with the configuration that the training began with"
+            )
         layers = stored_layers(model.model, name)
         _require_scalings(layers, name, stored)
         _require_starts(layers, name, stored)
@@ -113,7 +122,9 @@ def restore_adapters(model: AdaptedModel, folder: str | os.PathLike[str]) -> Non
             else pair
             for path, pair in stored.factors.items()
         }
-        fill_adapter(model, name, replace(stored, factors=trained))
+        restored[name] = replace(stored, factors=trained)
+    for name, stored in restored.items():
+        fill_adapter(model, name, stored)
 
 
 def _folder_of(folder: str | os.PathLike[str], adapter_name: str) -> Path:

@@ -62,10 +62,11 @@ class Decomposable(Protocol):
 class BaseNorms:
     """``‖W‖²`` by rows of one layer's base weight, kept for as long as the weight is what it was.
 
-    That is judged by the tensor's identity, address, dtype and version, which all writes change but those through
-    ``.data`` and those of foreign kernels: whoever writes so must call `forget`. Layers forget by themselves when they
-    are moved, cast, or switched between training and evaluation. Compiled code does not keep anything: there the norm
-    is one reduction in the graph.
+    That is judged by the tensor's identity, address, dtype and version, which most writes change. Those through
+    ``.data``, through a storage or a numpy view, and those of foreign kernels do not: whoever writes so must call
+    `forget`. Layers forget by themselves when they are moved, cast, or switched between training and evaluation.
+    Nothing is kept of a weight that is trained itself (torch's fused optimisers leave its version as it was), none in
+    compiled code, where the norm is one reduction in the graph, and none under the transforms of ``torch.func``.
     """
 
     def __init__(self) -> None:
@@ -84,7 +85,7 @@ class BaseNorms:
 
         Cost: O(out·in) if the weight is another one than at the last call.
         """
-        if stored is None or torch.compiler.is_compiling() or stored.is_inference():
+        if stored is None or torch.compiler.is_compiling() or not _can_be_known_again(stored):
             return squared_norms(matrix)
         now = (stored._version, stored.data_ptr(), stored.dtype, stored.device)  # noqa: SLF001 - the documented counter
         kept = self._kept  # once: replicas of a module share this object among threads
@@ -206,9 +207,17 @@ def row_norms(layer: Decomposable, adapter_name: str, weight: torch.Tensor | Non
     base = layer.base_norms.squared(stored, matrix)
     own = own.to(base.dtype) * scaling**2
     squared = base + 2 * scaling * cross.to(base.dtype) + own
-    floor = torch.finfo(wide).eps * (base + own) + torch.finfo(wide).tiny
+    # No shorter than what a magnitude can hold, squared.
+    shortest = max(torch.finfo(wide).tiny ** 2, torch.finfo(base.dtype).tiny)
+    floor = torch.finfo(wide).eps * (base + own) + shortest
     norms: torch.Tensor = torch.maximum(squared, floor).sqrt()
     return norms
+
+
+def _can_be_known_again(stored: torch.Tensor) -> bool:
+    """Whether a tensor's address and version tell that it was written to."""
+    transformed = torch._C._functorch.is_functorch_wrapped_tensor(stored)  # noqa: SLF001 - has no public name
+    return not (stored.requires_grad or stored.is_inference() or stored.is_meta or transformed)
 
 
 @torch.no_grad()
@@ -246,6 +255,6 @@ def _blocks(matrix: torch.Tensor) -> Iterator[slice]:
 
 def _exactly(device: torch.device) -> Any:  # noqa: ANN401 - a context manager
     """Without autocast, which would round the factors."""
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

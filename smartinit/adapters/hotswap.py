@@ -9,7 +9,6 @@ is what it was, and it is saved so.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +21,7 @@ from smartinit.adapters.start import start_of
 from smartinit.adapters.state import stored_layers, stored_others, stored_parts
 from smartinit.adapters.storage import read_plain_adapter
 from smartinit.adapters.tied_factors import is_tied
+from smartinit.adapters.trained_alike import difference
 from smartinit.errors import ArgumentError, ArtefactError, ConfigError
 from smartinit.formats.kept_start import kept_start
 from smartinit.formats.patterns import compact_patterns
@@ -30,32 +30,13 @@ from smartinit.planning.plan import Plan
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Mapping
 
     from smartinit.adapters.adapted import AdaptedModel
     from smartinit.adapters.layer import LoraLayer
     from smartinit.factors import Factors
     from smartinit.formats.peft import StoredAdapter
 
-
-def _rows(trained: object) -> object:
-    """Which rows are trained; a list means those of the input embedding, whatever its name."""
-    if isinstance(trained, Mapping):
-        trained = next(iter(trained.values())) if len(trained) == 1 else dict(trained)
-    return trained or None
-
-
-# What two adapters must have in common -> how its values are compared. Whole modules are compared by their tensors'
-# names as well, which do not say which rows or which parameter they are for.
-_SAME_OPTIONS: Mapping[str, Callable[[Any], object]] = {
-    "use_dora": bool,
-    "lora_bias": bool,
-    "bias": str,
-    "ensure_weight_tying": bool,
-    "target_parameters": lambda names: list(names or ()),
-    "trainable_token_indices": _rows,
-    "modules_to_save": bool,
-}
 _MAGNITUDE = "lora_magnitude_vector"
 _BIAS = "lora_B.bias"
 
@@ -95,12 +76,11 @@ def hotswap_adapter(model: AdaptedModel, folder: str | os.PathLike[str], adapter
     config = model.config_of(adapter_name)
     _require_unmerged(model, adapter_name)
     stored = read_plain_adapter(folder)
-    for option, meaning in _SAME_OPTIONS.items():
-        if meaning(getattr(config, option)) != meaning(getattr(stored.config, option)):
-            raise ArtefactError(
-                f"adapter '{adapter_name}' has {option}={getattr(config, option)!r}, but the one in '{stored.folder}' "
-                f"has {getattr(stored.config, option)!r}; load it under another name instead"
-            )
+    if found := difference(config, stored.config):
+        raise ArtefactError(
+            f"adapter '{adapter_name}' has {found[0]}, but the one in '{stored.folder}' has {found[1]}; load it under "
+            "another name instead"
+        )
     layers = stored_layers(model.model, adapter_name)
     _check_starts(layers, adapter_name, stored)
     _check_layers(layers, adapter_name, stored)

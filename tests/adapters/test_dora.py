@@ -274,7 +274,7 @@ def test_a_changed_base_is_noticed(change: Callable[[LoraLayer], LoraLayer], see
 def test_the_bases_norm_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(dora, "squared_norms", lambda matrix: calls.append(1) or squared_norms(matrix))
-    layer = moved(decomposed(nn.Linear(6, 10)))
+    layer = moved(decomposed(nn.Linear(6, 10).requires_grad_(False)))
     layer.update_layer("second", 2, 2.0, LoraConfig(use_dora=True))
     layer.set_adapter(["default", "second"])
     optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad])
@@ -286,6 +286,54 @@ def test_the_bases_norm_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.inference_mode():
         layer(torch.randn(2, 6))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_base_that_is_trained_itself(fused: bool, seed: int) -> None:
+    """torch's fused optimisers write to a parameter and leave its version as it was."""
+    torch.manual_seed(seed)
+    layer = moved(decomposed(nn.Linear(6, 10)))
+    layer.base_layer.weight.requires_grad_(True)
+    x = torch.randn(4, 6)
+    optimizer = torch.optim.AdamW([layer.base_layer.weight], lr=0.5, fused=fused)
+    layer(x).square().sum().backward()
+    optimizer.step()
+    close(layer(x).detach(), published(layer, x)[0].detach())
+
+
+def test_transforms_of_functions_take_the_base_as_an_input(seed: int) -> None:
+    torch.manual_seed(seed)
+    layer = moved(decomposed(nn.Linear(6, 10)))
+    x = torch.randn(4, 6)
+    state = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+    def loss(state: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(layer, state, (x,)).square().sum()
+
+    found = torch.func.grad(loss)(state)
+    layer(x).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        if parameter.requires_grad:
+            close(found[name], parameter.grad)
+
+
+def test_shapes_without_values() -> None:
+    with torch.device("meta"):
+        layer = decomposed(nn.Linear(6, 10))
+        assert layer(torch.randn(4, 6)).shape == (4, 10)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e18])
+def test_weights_of_any_size(scale: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    base = nn.Linear(6, 10, bias=False)
+    with torch.no_grad():
+        base.weight.mul_(scale)
+    model = LoraModel(nn.Sequential(base), LoraConfig(target_modules=["0"], r=2, use_dora=True))
+    x = torch.randn(4, 6)
+    before = model(x).detach()
+    model.merge_adapter()
+    close(model(x).detach() / scale, before / scale)
 
 
 def test_a_base_made_in_inference_mode() -> None:

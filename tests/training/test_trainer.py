@@ -13,7 +13,7 @@ import transformers
 
 import smartinit as si
 from smartinit.adapters.checkpoints import restore_adapters
-from smartinit.errors import ArtefactError, ConfigError
+from smartinit.errors import ArtefactError, ConfigError, MissingFileError
 from smartinit.methods import available_methods
 
 peft = pytest.importorskip("peft")
@@ -225,6 +225,37 @@ def test_a_checkpoint_of_another_scaling_is_refused(lab, tmp_path):
     lab.ours(lora_alpha=16).save_pretrained(tmp_path)
     with pytest.raises(ArtefactError, match=r"scaling 4 .* has 2;"):
         restore_adapters(lab.ours(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("saved", "model"),
+    [
+        ({"trainable_token_indices": [3, 5]}, {"trainable_token_indices": [7, 9]}),
+        ({"bias": "all"}, {}),
+        ({}, {"bias": "lora_only"}),
+        ({"modules_to_save": ["lm_head"]}, {}),
+        ({}, {"use_dora": True}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:bias=", "ignore:.*tied")
+def test_a_checkpoint_that_trains_something_else_is_refused(lab, saved, model, tmp_path):
+    lab.ours(**saved).save_pretrained(tmp_path)
+    resumed = lab.ours(**model)
+    before = {name: tensor.clone() for name, tensor in resumed.state_dict().items()}
+    (option,) = {**saved, **model}
+    with pytest.raises(ArtefactError, match=rf"{option}=.*configuration that the training began with"):
+        restore_adapters(resumed, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in resumed.state_dict().items())
+
+
+def test_nothing_is_restored_if_one_adapter_is_missing(lab, tmp_path):
+    lab.ours(init_lora_weights=False).save_pretrained(tmp_path)
+    resumed = lab.ours()
+    resumed.add_adapter("second", si.LoraConfig(r=2, target_modules=["q_proj"]))
+    before = {name: tensor.clone() for name, tensor in resumed.state_dict().items()}
+    with pytest.raises(MissingFileError, match="second"):
+        restore_adapters(resumed, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in resumed.state_dict().items())
 
 
 def test_what_the_trainer_reads_off_the_model(lab):
