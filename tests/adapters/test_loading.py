@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from smartinit.adapters import LoraModel
+from smartinit.adapters.checkpoints import restore_adapters
 from smartinit.config import LoraConfig
 from tests.adapters.beside_peft import llama, scatter
 
@@ -75,3 +76,19 @@ def test_garbage_is_collected_as_before(enabled: bool, frozen: bool, folder: Pat
     assert gc.isenabled() == enabled
     assert (gc.get_freeze_count() > 0) == frozen
     assert gc.get_freeze_count() <= held
+
+
+def test_a_checkpoint_puts_back_whatever_is_trained(tmp_path: Path) -> None:
+    options = {"modules_to_save": ["lm_head"], "bias": "all", "trainable_token_indices": [3], "use_dora": True}
+    model = LoraModel(llama(attention_bias=True), LoraConfig(r=2, target_modules=["q_proj"], **options))
+    scatter(model)
+    model.save_pretrained(tmp_path)
+    held = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    before = {name: parameter.detach().clone() for name, parameter in held.items()}
+    with torch.no_grad():
+        for parameter in held.values():
+            parameter.add_(1)
+    restore_adapters(model, tmp_path)
+    now = dict(model.named_parameters())
+    assert all(now[name] is parameter for name, parameter in held.items()), "an optimiser goes on with them"
+    assert all(torch.equal(now[name], value) for name, value in before.items())
