@@ -190,6 +190,16 @@ def load_adapter(
             drop(model.model, adapter_name)
             del model.peft_config[adapter_name]
             raise
+    layers = model.lora_layers().items()
+    changed = {name: path for path, layer in layers for name in model.peft_config if _changed_for(layer, name)}
+    other = next((name for name in changed if name != adapter_name), None)
+    named = stored.config.base_model_name_or_path  # what is saved beside a split names none
+    if other is not None and named and adapter_name not in changed:
+        warnings.warn(
+            f"the adapter in '{stored.folder}' is for '{named}', but adapter '{other}' has changed the base here "
+            f"(layer '{changed[other]}' for instance): it computes something else than it was trained for",
+            stacklevel=4,
+        )
 
 
 def read_plain_adapter(folder: str | os.PathLike[str]) -> StoredAdapter:

@@ -194,6 +194,18 @@ def test_a_plain_adapter_beside_a_split_one_says_whose_base_it_is_for(tmp_path: 
         again.save_pretrained(tmp_path / "again", selected_adapters=["b"])
 
 
+def test_an_adapter_for_the_original_base_beside_a_split_one_is_told_apart(tmp_path: Path) -> None:
+    LoraModel(llama(), LoraConfig(r=2, target_modules=["k_proj"], base_model_name_or_path="original")).save_pretrained(
+        tmp_path / "own"
+    )
+    model = split()
+    with pytest.warns(UserWarning, match="is for 'original', but adapter 'default' has changed the base here"):
+        model.load_adapter(tmp_path / "own", "b")
+    with pytest.warns(UserWarning, match="adapter 'b' is for the base"):
+        model.save_pretrained(tmp_path / "both")
+    model.load_adapter(tmp_path / "both" / "b", "c")  # names no base: without a word
+
+
 def test_an_adapter_on_its_own_base_is_saved_without_a_word(tmp_path: Path) -> None:
     model = LoraModel(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     model.model.name_or_path = "base"
