@@ -122,21 +122,22 @@ def _changed_base(model: AdaptedModel, adapter_name: str) -> bool:
     Warns:
         UserWarning: it is so for the sake of another adapter, which nobody who loads this one alone would know.
     """
-    owners = {
-        name: path
-        for path, layer in model.lora_layers().items()
-        for name in model.peft_config
-        if _changed_for(layer, name)
-    }
-    other = next((name for name in owners if name != adapter_name), None)
-    if other is not None and adapter_name not in owners:
+    owners = _changes_of_base(model)
+    if owners and adapter_name not in owners:
+        other, layer = next(iter(owners.items()))
         warnings.warn(
-            f"adapter '{adapter_name}' is for the base that adapter '{other}' has changed (layer '{owners[other]}' for "
+            f"adapter '{adapter_name}' is for the base that adapter '{other}' has changed (layer '{layer}' for "
             "instance), not for the original: load it beside that one, or train it on the original base; the folder "
             "names no base model",
             stacklevel=5,
         )
     return bool(owners)
+
+
+def _changes_of_base(model: AdaptedModel) -> dict[str, str]:
+    """Adapter whose start has changed the base -> one of the layers."""
+    layers = model.lora_layers().items()
+    return {name: path for path, layer in layers for name in model.peft_config if _changed_for(layer, name)}
 
 
 def _changed_for(layer: LoraLayer, adapter_name: str) -> bool:
@@ -190,14 +191,13 @@ def load_adapter(
             drop(model.model, adapter_name)
             del model.peft_config[adapter_name]
             raise
-    layers = model.lora_layers().items()
-    changed = {name: path for path, layer in layers for name in model.peft_config if _changed_for(layer, name)}
-    other = next((name for name in changed if name != adapter_name), None)
+    owners = _changes_of_base(model)
     named = stored.config.base_model_name_or_path  # what is saved beside a split names none
-    if other is not None and named and adapter_name not in changed:
+    if owners and named and adapter_name not in owners:
+        other, layer = next(iter(owners.items()))
         warnings.warn(
             f"the adapter in '{stored.folder}' is for '{named}', but adapter '{other}' has changed the base here "
-            f"(layer '{changed[other]}' for instance): it computes something else than it was trained for",
+            f"(layer '{layer}' for instance): it computes something else than it was trained for",
             stacklevel=4,
         )
 
