@@ -252,9 +252,8 @@ class LoraModel(AdaptedModel):
             ArtefactError: the folder is no adapter, or one for another model or for a base that PEFT splits again; what
                 is missing, has no place, another shape or NaN is named. ``model`` is then as it was.
         """
-        return storage.from_pretrained(
-            cls, model, folder, adapter_name, is_trainable=is_trainable, low_cpu_mem_usage=low_cpu_mem_usage
-        )
+        del low_cpu_mem_usage
+        return storage.from_pretrained(cls, model, folder, adapter_name, is_trainable=is_trainable)
 
     def load_adapter(
         self,
@@ -269,7 +268,8 @@ class LoraModel(AdaptedModel):
             ConfigError: the name is taken.
             ArtefactError: the folder is no adapter, or one for another model; this model is then as it was.
         """
-        storage.load_adapter(self, folder, adapter_name, is_trainable=is_trainable, low_cpu_mem_usage=low_cpu_mem_usage)
+        del low_cpu_mem_usage
+        storage.load_adapter(self, folder, adapter_name, is_trainable=is_trainable)
 
     def save_kohya(
         self,

@@ -155,14 +155,12 @@ def from_pretrained(
     adapter_name: str,
     *,
     is_trainable: bool,
-    low_cpu_mem_usage: bool,
 ) -> T:
     """See `smartinit.LoraModel.from_pretrained`."""
-    del low_cpu_mem_usage  # values that a file replaces are never made
     with _uncollected():
         stored = read_plain_adapter(folder)
         config = _config_for(model, stored, is_trainable=is_trainable)
-        wrapped = kind(model, config, adapter_name, True)  # on the meta device
+        wrapped = kind(model, config, adapter_name, True)  # on the meta device: what a file replaces is never made
         try:
             fill_adapter(wrapped, adapter_name, stored)
         except BaseException:
@@ -177,10 +175,8 @@ def load_adapter(
     adapter_name: str,
     *,
     is_trainable: bool,
-    low_cpu_mem_usage: bool,
 ) -> None:
     """See `smartinit.LoraModel.load_adapter`."""
-    del low_cpu_mem_usage
     with _uncollected():
         stored = read_plain_adapter(folder)
         config = _config_for(model.model, stored, is_trainable=is_trainable)
