@@ -20,6 +20,7 @@ import torch
 from smartinit.adapters.adapted import AdaptedModel
 from smartinit.adapters.conversion import scaling_for
 from smartinit.adapters.experts import ParameterLora
+from smartinit.adapters.loading import require_fitting
 from smartinit.adapters.start import start_of
 from smartinit.adapters.state import stored_layers
 from smartinit.adapters.storage import fill_adapter, read_plain_adapter
@@ -103,7 +104,7 @@ def restore_adapters(model: AdaptedModel, folder: str | os.PathLike[str]) -> Non
         ArtefactError: another adapter, configuration, scaling or start than the model has; a tensor that does not fit.
         MissingFileError: an adapter of the model is not in the folder.
 
-        All adapters are read and looked at before the first is changed.
+        After an error no adapter was changed.
     """
     restored = {}
     for name, config in model.peft_config.items():
@@ -123,6 +124,7 @@ def restore_adapters(model: AdaptedModel, folder: str | os.PathLike[str]) -> Non
             for path, pair in stored.factors.items()
         }
         restored[name] = replace(stored, factors=trained)
+        require_fitting(model.model, name, restored[name], config)
     for name, stored in restored.items():
         fill_adapter(model, name, stored)
 

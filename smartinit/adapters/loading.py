@@ -57,6 +57,16 @@ def put_in(root: nn.Module, adapter_name: str, stored: StoredAdapter, config: Lo
     put_others_in(root, adapter_name, others, parts, biases)
 
 
+def require_fitting(root: nn.Module, adapter_name: str, stored: StoredAdapter, config: LoraConfig) -> None:
+    """What `put_in` checks, without changing anything.
+
+    Raises:
+        As `put_in`.
+    """
+    biases = trained_biases(root, config, adapter_name)
+    _fitting_others(root, adapter_name, stored, stored_parts(root, adapter_name), biases)
+
+
 def require_finite(stored: StoredAdapter) -> None:
     """Refuse NaN and Inf, which would spread from one layer to everything that the model computes.
 

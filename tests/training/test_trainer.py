@@ -258,6 +258,17 @@ def test_nothing_is_restored_if_one_adapter_is_missing(lab, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in resumed.state_dict().items())
 
 
+def test_nothing_is_restored_if_the_second_adapter_does_not_fit(lab, tmp_path):
+    saved, resumed = lab.ours(init_lora_weights=False), lab.ours()
+    for model, target in ((saved, "v_proj"), (resumed, "q_proj")):
+        model.add_adapter("second", si.LoraConfig(r=2, target_modules=[target]))
+    saved.save_pretrained(tmp_path)
+    before = {name: tensor.clone() for name, tensor in resumed.state_dict().items()}
+    with pytest.raises(ArtefactError, match="second"):
+        restore_adapters(resumed, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in resumed.state_dict().items())
+
+
 def test_what_the_trainer_reads_off_the_model(lab):
     """Columns, loss normalisation and names of labels, by transformers' own questions."""
     base, model = lab.base(), lab.ours()
