@@ -45,7 +45,7 @@ TIERS = (
     tier("streaming distributed", 0, 1, 2, 3, 4, 5, 6),
     tier(
         "pipeline collect corda_files decomposition gradients initialisation job layer_start observation "
-        "quantised rank_request eva",
+        "quantised rank_request eva megatron",
         0,
         1,
         2,

@@ -1,0 +1,1 @@
+"""Adapters beside layers that several processes share: tensor, sequence and expert parallelism."""

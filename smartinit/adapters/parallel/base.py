@@ -1,0 +1,221 @@
+"""What a base layer does with its input and its output among the ranks that share it.
+
+Layers of Megatron-Core and of Transformer Engine are known by what they have, never by their classes: neither package
+is imported. Layers of PyTorch's own tensor parallelism are known by their weight, a ``DTensor``.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from smartinit.adapters.parallel.collectives import rank_of, size_of
+from smartinit.errors import ConfigError, ModelError
+from smartinit.targets.weight import Target, host_of
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed import ProcessGroup
+
+Split = Literal["column", "row", "none"]
+"""Along which dimension of ``W (out, in)`` the ranks have shards: the rows (column-parallel), the columns, neither."""
+
+
+@dataclass(frozen=True)
+class ParallelBase:
+    """A linear layer that several ranks share, or one that none does.
+
+    Attributes:
+        in_features: columns of the whole ``W``.
+        out_features: rows of the whole ``W``.
+        split: what each rank has of it.
+        group: the tensor-parallel ranks; None: this process alone.
+        sequence: where the features are whole, the tokens are in shards (sequence parallelism): column-parallel layers
+            gather their input, row-parallel layers reduce-scatter their output.
+        token_dim: the dimension along which the tokens are in shards; None: whatever the shapes of input and output
+            say (DTensor), and `sequence` with it.
+        partial: nothing is exchanged in the layer itself (experts: Megatron's ``explicit_expert_comm``): the output of
+            a row-parallel layer, and the gradient for the input of a column-parallel one, are addends.
+        whole_input: a row-parallel layer that takes the whole input and picks its features itself.
+        whole_output: a column-parallel layer that gathers its output.
+        gated: the rows are those of a gate and then of an up projection, see `smartinit.formats.rows`.
+        experts: how many weights the layer has, one for each of this rank's experts; 0: a layer with one weight.
+        returns_tuple: it returns ``(output, bias)``, as Megatron's layers do.
+    """
+
+    in_features: int
+    out_features: int
+    split: Split = "none"
+    group: ProcessGroup | None = None
+    sequence: bool = False
+    token_dim: int | None = 0
+    partial: bool = False
+    whole_input: bool = False
+    whole_output: bool = False
+    gated: bool = False
+    experts: int = 0
+    returns_tuple: bool = False
+
+    @property
+    def size(self) -> int:
+        """Ranks that share the layer."""
+        return size_of(self.group)
+
+    @property
+    def rank(self) -> int:
+        """Which of them this process is."""
+        return rank_of(self.group)
+
+    @property
+    def weight_dim(self) -> int | None:
+        """The dimension of ``W`` along which it is in shards; None: whole."""
+        return {"column": 0, "row": 1, "none": None}[self.split] if self.size > 1 else None
+
+
+def describe(module: nn.Module, name: str, *, expert: bool = False) -> ParallelBase:
+    """What there is to know of a base layer.
+
+    Args:
+        module: a parallel layer as Megatron-Core or Transformer Engine write them (or that looks the same), a
+            ``torch.nn.Linear`` with or without a DTensor as weight, or a quantised linear layer.
+        name: for messages, and to tell a gated layer.
+        expert: whether it belongs to an expert.
+
+    Raises:
+        ModelError: another kind of module, or one without a weight of its own.
+        ConfigError: its process group does not fit its weight.
+    """
+    if hasattr(module, "input_size") and hasattr(module, "output_size"):
+        return _core(module, name)
+    if getattr(module, "parallel_mode", "") in {"column", "row", None} or _named(module, "Parallel"):
+        return _engine(module, name, expert=expert)
+    weight = getattr(module, "weight", None)
+    if _is_dtensor(weight):
+        return _dtensor(weight, name)
+    if host_of(module) != "linear":
+        raise ModelError(
+            f"target module '{name}' is a {type(module).__name__}: expected a column- or row-parallel layer, a linear "
+            "layer, or one with a DTensor as weight; narrow target_modules"
+        )
+    target = Target.of(module, name)
+    return ParallelBase(target.in_features, target.out_features)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `describe` takes such a module: what ``exclude_modules`` chooses among."""
+    if hasattr(module, "input_size") and hasattr(module, "output_size"):
+        return getattr(module, "weight", None) is not None
+    mode = getattr(module, "parallel_mode", "")
+    return mode in {"column", "row", None} or host_of(module) == "linear"
+
+
+def _core(module: Any, name: str) -> ParallelBase:  # noqa: ANN401 - known by its attributes
+    """Megatron-Core's ColumnParallelLinear and RowParallelLinear, and grouped layers that look like them."""
+    weight = _weight(module, name)
+    row = hasattr(module, "input_is_parallel")
+    sizes = (int(module.output_size), int(module.input_size))
+    group = getattr(module, "tp_group", None)
+    size = _check_group(group, sizes[row] // max(1, weight.shape[row]), name)
+    partial = bool(getattr(module, "explicit_expert_comm", False))
+    return ParallelBase(
+        in_features=sizes[1],
+        out_features=sizes[0],
+        split="row" if row else "column",
+        group=group if size > 1 else None,
+        sequence=bool(getattr(module, "sequence_parallel", False)) and not partial and size > 1,
+        partial=partial,
+        whole_input=row and not module.input_is_parallel,
+        whole_output=not row and bool(getattr(module, "gather_output", False)),
+        gated=not row and _is_gated(module, name),
+        experts=int(getattr(module, "num_gemms", 0)),
+        returns_tuple=True,
+    )
+
+
+def _engine(module: Any, name: str, *, expert: bool) -> ParallelBase:  # noqa: ANN401 - known by its attributes
+    """Transformer Engine's layers as Megatron-Core wraps them: they know the sizes of their shard only."""
+    weight = _weight(module, name)
+    mode = getattr(module, "parallel_mode", None)
+    row = mode == "row" or (mode is None and _named(module, "RowParallel"))
+    column = mode == "column" or (mode is None and _named(module, "ColumnParallel"))
+    group = next((g for g in (getattr(module, a, None) for a in ("tp_group", "_tp_group")) if g is not None), None)
+    size = _check_group(group, int(getattr(module, "tp_size", 1)), name) if row or column else 1
+    out_features, in_features = (int(n) for n in weight.shape[-2:])
+    partial = mode is None and (row or column)
+    return ParallelBase(
+        in_features=in_features * (size if row else 1),
+        out_features=out_features * (size if column else 1),
+        split="row" if row else "column" if column else "none",
+        group=group if size > 1 else None,
+        # With return_layernorm_output_gathered the adapter is given all tokens already.
+        sequence=bool(getattr(module, "sequence_parallel", False)) and not partial and not expert and size > 1,
+        partial=partial,
+        gated=column and _is_gated(module, name),
+        experts=int(getattr(module, "num_gemms", 0)),
+        returns_tuple=True,
+    )
+
+
+def _dtensor(weight: Any, name: str) -> ParallelBase:  # noqa: ANN401 - a DTensor
+    """A ``torch.nn.Linear`` after ``parallelize_module`` with ColwiseParallel or RowwiseParallel."""
+    mesh, placements = weight.device_mesh, weight.placements
+    if mesh.ndim != 1:
+        raise ConfigError(
+            f"the weight of '{name}' lies on a mesh of {mesh.ndim} dimensions; adapt the layer after tensor "
+            "parallelism and before data parallelism (fully_shard) is applied to it"
+        )
+    placed = placements[0]
+    split: Split = "column" if placed.is_shard(0) else "row" if placed.is_shard(1) else "none"
+    out_features, in_features = (int(n) for n in weight.shape)
+    group = mesh.get_group()
+    if split != "none" and weight.shape[split == "row"] % size_of(group):
+        raise ConfigError(
+            f"the weight of '{name}', {tuple(weight.shape)}, is not shared evenly by {size_of(group)} ranks"
+        )
+    return ParallelBase(in_features, out_features, split, group if split != "none" else None, token_dim=None)
+
+
+def _weight(module: Any, name: str) -> torch.Tensor:  # noqa: ANN401 - known by its attributes
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        weight = getattr(module, "weight0", None)
+    if not isinstance(weight, torch.Tensor):
+        raise ModelError(
+            f"'{name}' ({type(module).__name__}) has no weight of its own (is it tied to another layer's?), so it can "
+            "have no adapter; narrow target_modules"
+        )
+    return weight
+
+
+def _check_group(group: ProcessGroup | None, size: int, name: str) -> int:
+    """The size, once the group has so many ranks.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if size_of(group) != size:
+        has = "no tensor-parallel group" if group is None else f"a tensor-parallel group of {size_of(group)} ranks"
+        raise ConfigError(
+            f"the weight of '{name}' is one of {size} shards, but the layer has {has}; give it the group (tp_group) "
+            "that it was made for"
+        )
+    return size
+
+
+def _is_gated(module: Any, name: str) -> bool:  # noqa: ANN401 - known by its attributes
+    gated = getattr(getattr(module, "config", None), "gated_linear_unit", False)
+    return bool(gated) and name.rpartition(".")[2] == "linear_fc1"
+
+
+def _named(module: nn.Module, part: str) -> bool:
+    """Whether a class of the module, or one that it derives from, has this in its name."""
+    return any(part in kind.__name__ and "Linear" in kind.__name__ for kind in type(module).__mro__)
+
+
+def _is_dtensor(weight: object) -> bool:
+    """Without importing DTensor's module, which takes a while, where nobody else has."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(weight, module.DTensor)

@@ -1,0 +1,152 @@
+"""A layer of Megatron (or of PyTorch's own tensor parallelism) with an adapter beside it."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from smartinit.adapters.parallel.flow import settled
+from smartinit.errors import ModelError
+
+if TYPE_CHECKING:
+    from smartinit.adapters.parallel.base import ParallelBase
+
+# Transformer Engine's layers with a norm in front: what the adapter multiplies is the norm's output.
+_NORM_OUTPUT = "return_layernorm_output"
+
+
+class AdaptedLayer(nn.Module):
+    """Stands where ``to_wrap`` stood. Attributes that it does not have are those of the base layer.
+
+    The keys of the base layer in state dicts stay what they were; the adapter's are ``<name>.adapter.…``: a checkpoint
+    of the base model loads into the adapted one (``strict=False``), and the state dict of one into the other.
+
+    Args:
+        to_wrap: the layer as the model had it.
+        adapter: what is added to its output.
+        base: what the layer does among the ranks.
+        name: of the layer, for messages.
+
+    Attributes:
+        merged: whether the adapter is in the base weight at present; it adds nothing then.
+    """
+
+    def __init__(self, to_wrap: nn.Module, adapter: nn.Module, base: ParallelBase, name: str = "") -> None:
+        super().__init__()
+        self.to_wrap, self.adapter = to_wrap, adapter
+        self.base, self.name = base, name
+        self.merged = False
+        self._adapter_enabled = True
+        adapter.train(to_wrap.training)
+        self.train(to_wrap.training)
+        if hasattr(to_wrap, _NORM_OUTPUT):
+            self._norm_output = bool(getattr(to_wrap, _NORM_OUTPUT))
+            setattr(to_wrap, _NORM_OUTPUT, True)
+        self.register_state_dict_post_hook(_names_of_the_base)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_names_of_the_wrapped)  # type: ignore[no-untyped-call]
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the base layer has
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in {"to_wrap", "adapter"}:  # while it is being made, or copied
+                raise
+            return getattr(self.to_wrap, name)
+
+    @property
+    def adapter_enabled(self) -> bool:
+        """Whether the adapter adds its update; a merged one does not."""
+        return self._adapter_enabled and not self.merged
+
+    def enable_adapter_layers(self) -> None:
+        """Let the adapter add its update."""
+        self._adapter_enabled = True
+
+    def disable_adapter_layers(self) -> None:
+        """Return what the base layer returns."""
+        self._adapter_enabled = False
+
+    def get_base_layer(self) -> nn.Module:
+        """The wrapped layer."""
+        return self.to_wrap
+
+    def unwrapped(self) -> nn.Module:
+        """The base layer, set back to what it returned before it was wrapped."""
+        if "_norm_output" in vars(self):
+            setattr(self.to_wrap, _NORM_OUTPUT, self._norm_output)
+        return self.to_wrap
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the base layer
+        """What the base layer returns, with the adapter's update in its first tensor."""
+        returned = self.to_wrap(x, *args, **kwargs)
+        output, rest, rows = self.parts(returned, x)
+        if self.adapter_enabled:
+            output = self.adapted(output, rows, *args, **kwargs)
+        return (output, *rest) if isinstance(returned, tuple) else output
+
+    def parts(self, returned: Any, x: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...], torch.Tensor]:  # noqa: ANN401
+        """The layer's output, what else it returned and its caller expects, and the adapter's input.
+
+        Raises:
+            ModelError: something else than a linear layer returns.
+        """
+        if isinstance(returned, torch.Tensor):
+            return returned, (), x
+        rows, rest = x, tuple(returned[1:])
+        output = returned[0]
+        if "_norm_output" in vars(self) or isinstance(output, tuple):
+            if isinstance(output, tuple):  # ((output, norm's output), bias)
+                output, rows = output
+            elif len(returned) == 3:  # noqa: PLR2004 - (output, bias, norm's output)
+                rest, rows = (returned[1],), returned[2]
+        if not isinstance(output, torch.Tensor):
+            raise ModelError(
+                f"'{self.name}' returned a {type(output).__name__} where the output of a layer was expected"
+            )
+        return output, rest, rows
+
+    def adapted(self, output: torch.Tensor, rows: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
+        """The base layer's output with the adapter's update."""
+        counts = args[0] if args else kwargs.get("m_splits", kwargs.get("tokens_per_expert"))
+        local, local_rows = to_local(output), to_local(rows)
+        base = settled(self.base, local_rows.shape, local.shape, self.name)
+        update = self.adapter(local_rows, base, counts if base.experts else None)
+        return like(local + update.to(local.dtype), output)
+
+
+def to_local(x: torch.Tensor) -> torch.Tensor:
+    """This rank's numbers of a DTensor; any other tensor itself."""
+    kept: torch.Tensor = x.to_local() if _is_dtensor(x) else x  # type: ignore[attr-defined]
+    return kept
+
+
+def like(local: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """This rank's numbers as what ``output`` is: a DTensor with its placements, or the tensor itself."""
+    if not _is_dtensor(output):
+        return local
+    made: torch.Tensor = type(output).from_local(local, output.device_mesh, output.placements)  # type: ignore[attr-defined]
+    return made
+
+
+def _is_dtensor(x: object) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def _names_of_the_base(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
+    """``<name>.to_wrap.weight`` -> ``<name>.weight``, in place."""
+    del module
+    inner = f"{prefix}to_wrap."
+    for key in [key for key in state if key.startswith(inner)]:
+        state[prefix + key.removeprefix(inner)] = state.pop(key)
+
+
+def _names_of_the_wrapped(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """The inverse, before the layer's own keys are looked up."""
+    del module
+    ours = (f"{prefix}to_wrap.", f"{prefix}adapter.")
+    for key in [key for key in state if key.startswith(prefix) and not key.startswith(ours)]:
+        state[f"{prefix}to_wrap.{key.removeprefix(prefix)}"] = state.pop(key)

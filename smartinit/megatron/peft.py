@@ -1,0 +1,219 @@
+"""What all of Megatron Bridge's ways to adapt a model have: apply, freeze, switch on and off, choose what is saved."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from smartinit.adapters.parallel.initial import collective_device, common_seed
+from smartinit.adapters.parallel.layer import AdaptedLayer
+from smartinit.config.checks import closest
+from smartinit.errors import TargetError
+from smartinit.megatron.matching import ModuleMatcher
+from smartinit.megatron.walk import Place, adapted_layers, chunks_of, install, places
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from smartinit.megatron.walk import Model
+
+M = TypeVar("M", nn.Module, list[nn.Module])
+
+
+@dataclass
+class PEFT(ModuleMatcher):
+    """Applies adapters to a model, or to the chunks of one.
+
+    Attributes:
+        params_to_save: names of the parameters and buffers that `set_params_to_save` has found.
+    """
+
+    params_to_save: set[str] = field(default_factory=set, init=False, repr=False)
+
+    def adapted(self, place: Place, pattern: str, *, seed: int, shared: dict[str, nn.Module]) -> nn.Module:
+        """The layer that takes the place of a target, with its adapter started; the model is not touched.
+
+        Args:
+            place: the target.
+            pattern: that it was found by.
+            seed: the same on all ranks.
+            shared: adapters of this model that several layers use, by name; what is made is added.
+
+        Raises:
+            ConfigError: options that do not fit the layer.
+            ModelError: a module that cannot have an adapter.
+        """
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Whether the options go together.
+
+        Raises:
+            ConfigError: they do not.
+        """
+
+    def __call__(self, model: M, training: bool = True) -> M:
+        """Freeze the base model and put adapters beside its targets, in place.
+
+        Layers that have an adapter already keep it, trainable as it is. Every rank of the default process group must
+        call this: the ranks agree on a seed and on which patterns have found a module.
+
+        Args:
+            model: a module, a list of chunks, or either in a data-parallel wrapper.
+            training: False freezes the adapters as well, and sets the model to evaluation.
+
+        Returns:
+            The model: another object only if it was a target itself.
+
+        Raises:
+            ConfigError: options that do not go together or do not fit a layer.
+            TargetError: a target that is the name of no module, on any rank.
+            ModelError: a target that cannot have an adapter. The model is as it was after each of these.
+        """
+        self.check()
+        found = self._targets(model)
+        seed, shared = common_seed(), dict[str, nn.Module]()
+        made: list[tuple[nn.Module, Place, nn.Module]] = []
+        try:
+            for chunk, place, pattern in found:
+                made.append((chunk, place, self.adapted(place, pattern, seed=seed, shared=shared)))
+        except BaseException:
+            for _, _, module in made:
+                if isinstance(module, AdaptedLayer):
+                    module.unwrapped()
+            raise
+        kept = {id(p) for _, layer in adapted_layers(model) for p in layer.adapter.parameters() if p.requires_grad}
+        self.freeze_model(model, training=training)
+        whole: Model = model
+        for chunk, place, module in made:
+            whole = install(whole, chunk, place, module)
+        for _, layer in adapted_layers(whole):
+            new = any(layer is module for _, _, module in made)
+            for parameter in layer.adapter.parameters():
+                parameter.requires_grad_(training and (new or id(parameter) in kept))
+        for chunk in whole if isinstance(whole, list) else [whole]:
+            chunk.train(training)
+        return cast("M", whole)
+
+    def transform(self, module: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
+        """One module with its adapter, if it is a target; else the module itself.
+
+        Args:
+            module: it; not changed, and not frozen.
+            name: its own name.
+            prefix: the full name of what it is in.
+
+        Raises:
+            ConfigError, ModelError: see `__call__`.
+        """
+        self.check()
+        if isinstance(module, AdaptedLayer):
+            return module
+        matched = self.match(module, name, prefix)
+        if matched is None:
+            return module
+        pattern, full_name = matched
+        place = Place(module, None, full_name, full_name, getattr(module, "ep_group", None))
+        return self.adapted(place, pattern, seed=common_seed(), shared={})
+
+    def freeze_model(self, model: Model, training: bool = True) -> None:
+        """Freeze all parameters of the model.
+
+        Args:
+            model: see `__call__`.
+            training: set the model to training mode.
+        """
+        for chunk in chunks_of(model):
+            chunk.requires_grad_(False)
+            if training:
+                chunk.train()
+
+    def enable_adapter_layers(self, model: Model) -> None:
+        """Let the adapters of the model add their updates."""
+        for _, layer in adapted_layers(model):
+            layer.enable_adapter_layers()
+
+    def disable_adapter_layers(self, model: Model) -> None:
+        """Let the model compute what its base computes."""
+        for _, layer in adapted_layers(model):
+            layer.disable_adapter_layers()
+
+    @contextmanager
+    def disable_adapter(self, model: Model) -> Iterator[None]:
+        """The base model within a ``with`` block; afterwards, and after an error, each adapter as it was before."""
+        before = [(layer, layer._adapter_enabled) for _, layer in adapted_layers(model)]  # noqa: SLF001 - ours
+        self.disable_adapter_layers(model)
+        try:
+            yield
+        finally:
+            for layer, enabled in before:
+                if enabled:
+                    layer.enable_adapter_layers()
+
+    def set_params_to_save(self, model: Model) -> None:
+        """Note what a checkpoint of the adapted model must hold: what is trained, and running statistics.
+
+        The names are those of `torch.nn.Module.named_parameters` and, where they differ, those of the state dict.
+        """
+        names: set[str] = set()
+        for chunk in model if isinstance(model, list) else [model]:
+            names.update(name for name, parameter in chunk.named_parameters() if parameter.requires_grad)
+            for path, module in chunk.named_modules():
+                if hasattr(module, "track_running_stats"):
+                    names.update(f"{path}.{name}" if path else name for name, _ in module.named_buffers(recurse=False))
+        self.params_to_save = names | {name.replace(".to_wrap.", ".") for name in names}
+
+    def adapter_key_filter(self, key: str | tuple[Any, ...]) -> bool:
+        """Whether a checkpoint of the adapters holds this.
+
+        Args:
+            key: the key of a state dict; or a tuple whose second entry is the parameter.
+        """
+        if isinstance(key, tuple):
+            return bool(key[1].requires_grad)
+        return (
+            key in self.params_to_save or ".adapter." in key or key.startswith("adapter.") or key.endswith(".adapters")
+        )
+
+    def _targets(self, model: Model) -> list[tuple[nn.Module, Place, str]]:
+        """Chunk, place and pattern of every target that has no adapter yet.
+
+        Raises:
+            ConfigError: see `ModuleMatcher.match`.
+            TargetError: a pattern without a module on any rank, or no target at all.
+        """
+        found: list[tuple[nn.Module, Place, str]] = []
+        used: set[str] = set()
+        names: set[str] = set()
+        for chunk in chunks_of(model):
+            for place in places(chunk):
+                names.add(place.attribute)
+                if (matched := self.match(place.module, place.attribute or None, place.prefix)) is None:
+                    continue
+                used.add(matched[0])
+                if not isinstance(place.module, AdaptedLayer):
+                    found.append((chunk, place, matched[0]))
+        self._check_used(used, names)
+        return found
+
+    def _check_used(self, used: set[str], names: set[str]) -> None:
+        """Whether every pattern has found a module on some rank (the others may have other layers); collective."""
+        patterns = self.patterns()
+        flags = [pattern in used for pattern in patterns] if patterns else [bool(used)]
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            seen = torch.tensor([float(flag) for flag in flags], device=collective_device())
+            dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+            flags = [bool(flag) for flag in seen.tolist()]
+        for pattern, flag in zip(patterns, flags, strict=False):
+            if not flag:
+                near = closest(pattern.rpartition(".")[2], names)
+                raise TargetError(f"target_modules: {pattern!r} is the name of no module in the model{near}")
+        if not all(flags):
+            raise TargetError(
+                f"no linear layer of the model is left as a target by exclude_modules={self.exclude_modules}"
+            )
