@@ -49,18 +49,6 @@ CASES = (
     ("row", 8192, 2048, True),
 )
 COLUMNS = ("layer", "ranks", "tokens", "base ms", "ours ms", "usual ms", "faster", "ours KB", "usual KB", "less")
-    "layer",
-    "ranks",
-    "tokens",
-    "base ms",
-    "ours ms",
-    "usual ms",
-    "faster",
-    "ours KB",
-    "usual KB",
-    "less",
-    "apart",
-)
 
 
 @dataclass(frozen=True)
