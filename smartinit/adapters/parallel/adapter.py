@@ -7,7 +7,8 @@ B ``(out/t, r)``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import copy
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -64,6 +65,11 @@ class Factor(nn.Module):
         }
         for name, value in marks.items():
             setattr(self.weight, name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies of parameters have lost their marks."""
+        super().__setstate__(state)
+        self.mark()
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -126,6 +132,14 @@ class LowRankAdapter(nn.Module):
             shape[at] //= base.size
         self.linear_in = Factor(tuple(a_shape), a_dim, expert=expert, device=device, dtype=dtype)
         self.linear_out = Factor(tuple(b_shape), b_dim, expert=expert, device=device, dtype=dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LowRankAdapter:
+        """A copy among the same ranks: a process group cannot be copied."""
+        memo[id(self.shared_over)] = self.shared_over
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
 
     @property
     def scaling(self) -> float:
@@ -232,17 +246,27 @@ class LowRankAdapter(nn.Module):
         return join_rows(shards, gated=gated, dim=dim)
 
     @torch.no_grad()
+    def product_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B whose product is this rank's shard of ``B A``, detached, float32 at least; collective.
+
+        Of a row-parallel layer A ``(r, in/t)`` and B ``(out, r)``, of a column-parallel one A ``(r, in)`` and B
+        ``(out/t, r)``.
+        """
+        a, b = self.linear_in.weight.detach(), self.linear_out.weight.detach()
+        if self.base.split == "column":
+            a = gathered(a, -2, self.base.group)
+        elif self.base.split == "row":
+            b = gathered(b, -2, self.base.group)
+        wide = torch.promote_types(a.dtype, torch.float32)
+        return a.to(wide), b.to(wide)
+
+    @torch.no_grad()
     def delta(self) -> torch.Tensor:
         """This rank's shard of ``s·B A``, in the shape of its shard of the base weight, float32 at least; collective.
 
         Of a row-parallel layer ``(out, in/t)``, of a column-parallel one ``(out/t, in)``.
         """
-        wide = torch.promote_types(self.linear_in.weight.dtype, torch.float32)
-        a, b = self.linear_in.weight.to(wide), self.linear_out.weight.to(wide)
-        if self.base.split == "column":
-            a = gathered(a, -2, self.base.group)
-        elif self.base.split == "row":
-            b = gathered(b, -2, self.base.group)
+        a, b = self.product_factors()
         return (b @ a).mul_(self.scaling)
 
     def extra_repr(self) -> str:
