@@ -10,7 +10,7 @@ import torch
 
 from smartinit.adapters.parallel.adapter import LowRankAdapter
 from smartinit.adapters.parallel.base import describe
-from smartinit.adapters.parallel.experts import ExpertAdapter, expert_dim, is_expert
+from smartinit.adapters.parallel.experts import ExpertAdapter, check_expert_group, expert_dim, is_expert
 from smartinit.adapters.parallel.initial import INITIAL, fill
 from smartinit.adapters.parallel.layer import AdaptedLayer
 from smartinit.config import checks
@@ -75,7 +75,9 @@ class LoRA(PEFT):
     def adapted(self, place: Place, pattern: str, *, seed: int, shared: dict[str, nn.Module]) -> nn.Module:
         """See `PEFT.adapted`."""
         del pattern
-        expert = is_expert(place.name)
+        expert = is_expert(place.name, place.module)
+        if expert:
+            check_expert_group(place.module, place.name, place.ep_group)
         base = describe(place.module, place.name, expert=expert)
         own = expert and not self.share_expert_adapters
         name = place.whole_name if own or not expert else place.experts_name
@@ -107,7 +109,7 @@ class LoRA(PEFT):
         normalise = expert and self.normalize_moe_lora
         return kind(
             base,
-            expert_dim(place.module, place.name, self.dim) if normalise else self.dim,
+            expert_dim(place.module, place.name, self.dim, base) if normalise else self.dim,
             self.alpha,
             dropout=self.dropout,
             dropout_position=self.dropout_position,

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from smartinit.adapters.parallel.experts import without_layers
 from smartinit.adapters.parallel.initial import collective_device, common_seed
 from smartinit.adapters.parallel.layer import AdaptedLayer
 from smartinit.config.checks import closest
-from smartinit.errors import TargetError
+from smartinit.errors import ModelError, TargetError
 from smartinit.megatron.matching import ModuleMatcher
 from smartinit.megatron.walk import Place, adapted_layers, chunks_of, install, places
 
@@ -42,7 +43,7 @@ class PEFT(ModuleMatcher):
             place: the target.
             pattern: that it was found by.
             seed: the same on all ranks.
-            shared: adapters of this model that several layers use, by name; what is made is added.
+            shared: adapters of this chunk that several layers use, by name; what is made is added.
 
         Raises:
             ConfigError: options that do not fit the layer.
@@ -77,11 +78,13 @@ class PEFT(ModuleMatcher):
         """
         self.check()
         found = self._targets(model)
-        seed, shared = common_seed(), dict[str, nn.Module]()
+        seed = common_seed()
+        # Of each chunk its own: layers of two chunks that do not know their numbers have the same names.
+        shared: dict[int, dict[str, nn.Module]] = {id(chunk): {} for chunk in chunks_of(model)}
         made: list[tuple[nn.Module, Place, nn.Module]] = []
         try:
             for chunk, place, pattern in found:
-                made.append((chunk, place, self.adapted(place, pattern, seed=seed, shared=shared)))
+                made.append((chunk, place, self.adapted(place, pattern, seed=seed, shared=shared[id(chunk)])))
         except BaseException:
             for _, _, module in made:
                 if isinstance(module, AdaptedLayer):
@@ -186,20 +189,35 @@ class PEFT(ModuleMatcher):
         Raises:
             ConfigError: see `ModuleMatcher.match`.
             TargetError: a pattern without a module on any rank, or no target at all.
+            ModelError: the experts' layers are meant, but they have none.
         """
         found: list[tuple[nn.Module, Place, str]] = []
         used: set[str] = set()
         names: set[str] = set()
+        unreachable: Place | None = None
         for chunk in chunks_of(model):
             for place in places(chunk):
                 names.add(place.attribute)
+                if without_layers(place.module) and self._means_experts(place):
+                    unreachable = place
                 if (matched := self.match(place.module, place.attribute or None, place.prefix)) is None:
                     continue
                 used.add(matched[0])
                 if not isinstance(place.module, AdaptedLayer):
                     found.append((chunk, place, matched[0]))
-        self._check_used(used, names)
+        self._check_used(used if unreachable is None else {*used, *self.patterns()}, names)
+        if unreachable is not None:  # said only now, as the other ranks wait for this one in the check
+            raise ModelError(
+                f"'{unreachable.name}' ({type(unreachable.module).__name__}) holds its experts' weights itself "
+                "(weight1, weight2), so it has no linear_fc1 and linear_fc2 to adapt; build the model with SequentialMLP "
+                "or TEGroupedMLP experts, or name other layers in target_modules (such as '*.shared_experts.linear_fc1')"
+            )
         return found
+
+    def _means_experts(self, place: Place) -> bool:
+        """Whether a target is a module of experts, or would be one of the layers that others of its kind have."""
+        layers = (("linear_fc1", place.name), ("linear_fc2", place.name), (place.attribute, place.prefix))
+        return any(self.match(place.module, *layer) is not None for layer in layers)
 
     def _check_used(self, used: set[str], names: set[str]) -> None:
         """Whether every pattern has found a module on some rank (the others may have other layers); collective."""

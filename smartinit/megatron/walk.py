@@ -122,10 +122,11 @@ def _inside(place: Place, name: str, child: nn.Module) -> Place:
     group, first, own = place.ep_group, place.first_expert, name
     if getattr(outer, "ep_group", None) is not None:
         group = outer.ep_group
-        first = rank_of(group) * int(getattr(outer, "num_local_experts", 1))
     if place.attribute == "local_experts" and name.isdecimal():
-        first += int(name)
+        first = rank_of(group) * len(outer) + int(name)
         own = str(first)
+    elif getattr(child, "num_gemms", 0):
+        first = rank_of(group) * int(child.num_gemms)  # type: ignore[arg-type]
     elif _NUMBER.fullmatch(name) and isinstance(getattr(child, "layer_number", None), int):
         own = str(int(child.layer_number) - 1)  # type: ignore[arg-type]  # Megatron counts from one, over all pieces
     return Place(
