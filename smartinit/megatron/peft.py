@@ -208,9 +208,9 @@ class PEFT(ModuleMatcher):
         self._check_used(used if unreachable is None else {*used, *self.patterns()}, names)
         if unreachable is not None:  # said only now, as the other ranks wait for this one in the check
             raise ModelError(
-                f"'{unreachable.name}' ({type(unreachable.module).__name__}) holds its experts' weights itself "
-                "(weight1, weight2), so it has no linear_fc1 and linear_fc2 to adapt; build the model with SequentialMLP "
-                "or TEGroupedMLP experts, or name other layers in target_modules (such as '*.shared_experts.linear_fc1')"
+                f"'{unreachable.name}' ({type(unreachable.module).__name__}) holds its experts' weights itself, so it "
+                "has no linear_fc1 and linear_fc2 to adapt; build the model with SequentialMLP or TEGroupedMLP "
+                "experts, or name other layers in target_modules (such as '*.shared_experts.linear_fc1')"
             )
         return found
 
