@@ -139,8 +139,12 @@ def collect(
         settle_full([site.statistic for site in collected.sites], everything=True)
     if ranks.exchange:
         ordered = sorted(collected.sites, key=lambda site: names.index(site.names[0]))
+        counts = {target.name: target.counts for target in targets}
         merged = merge_over_ranks(
-            [site.statistic for site in ordered], [",".join(site.names) for site in ordered], device
+            [site.statistic for site in ordered],
+            [",".join(site.names) for site in ordered],
+            device,
+            [counts[site.names[0]] for site in ordered],
         )
         for site, statistic in zip(ordered, merged, strict=True):
             site.statistic = statistic

@@ -172,7 +172,7 @@ def collect_gradients(
             with ranks.failing_together():
                 _check_usable(out, capture.passes)
             if ranks.exchange:
-                _merge(out.sketches, [t.name for t in wanted], device)
+                _merge(out.sketches, wanted, device)
             del capture  # it holds the sums that the next pass replaces
     _set_idle_apart(out)
     out.seconds = time.perf_counter() - started
@@ -227,10 +227,11 @@ def _set_idle_apart(out: CollectedGradients) -> None:
     out.sketches = alive
 
 
-def _merge(sketches: dict[str, GradientSketch], names: Sequence[str], device: torch.device) -> None:
+def _merge(sketches: dict[str, GradientSketch], targets: Sequence[Target], device: torch.device) -> None:
+    names = [target.name for target in targets]
     # It asks for `settle`, `state`, `merge` and `from_state` only, which sketches have.
     mine = cast("list[Statistic]", [sketches[name] for name in names])
-    merged = cast("list[GradientSketch]", merge_over_ranks(mine, names, device))
+    merged = cast("list[GradientSketch]", merge_over_ranks(mine, names, device, [t.counts for t in targets]))
     sketches.update(zip(names, merged, strict=True))
 
 

@@ -113,7 +113,7 @@ def compute(
     Cost: one forward pass per batch plus ``4 d q`` flops per token and site (EVA, q ≈ 2·rank·rho), or ``d²`` (methods
     that read second moments); then each method's own, see `smartinit.methods`.
     """
-    options = _Options(
+    options = Options(
         max_batches=max_batches,
         planner=planner,
         limits=Limits(budget, params, rank_multiple_of, min_rank, max_rank),
@@ -180,7 +180,7 @@ def compute_many(
 
     Cost: that of the costliest request, plus the cheap half (factors) of every other.
     """
-    options = _Options(
+    options = Options(
         max_batches=max_batches,
         seed=seed,
         skip_bad_batches=skip_bad_batches,
@@ -200,7 +200,7 @@ def compute_many(
 
 
 @dataclass(frozen=True)
-class _Options:
+class Options:
     """The arguments of `compute` that are the same for all requests."""
 
     capture: Mapping[str, Any]
@@ -223,13 +223,20 @@ def _run(
     pairs: Sequence[tuple[Any, str | Method | None]],
     dataloader: Iterable[Any] | None,
     store: None,
-    options: _Options,
+    options: Options,
 ) -> list[Artefact]:
     if store is not None:
         raise ConfigError("store is not supported yet: pass store=None and save the artefact to a folder")
+    jobs = [_job(model, config, method, options) for config, method in pairs]
+    return compute_jobs(model, jobs, dataloader, options)
+
+
+def compute_jobs(
+    model: nn.Module, jobs: Sequence[Job], dataloader: Iterable[Any] | None, options: Options
+) -> list[Artefact]:
+    """The artefact of each job, once it is known of which layers; see `compute` for what is raised."""
     if options.max_batches is not None and options.max_batches < 1:
         raise ConfigError(f"max_batches={options.max_batches}: expected at least 1")
-    jobs = [_job(model, config, method, options) for config, method in pairs]
     files = CordaFiles.of(model, jobs, dataloader, options.max_batches)
     cached = None if files is None else files.spectra()
     observed = (
@@ -269,7 +276,7 @@ def _run(
     return artefacts
 
 
-def _job(model: nn.Module, config: Any, method: str | Method | None, options: _Options) -> Job:  # noqa: ANN401
+def _job(model: nn.Module, config: Any, method: str | Method | None, options: Options) -> Job:  # noqa: ANN401
     """Check one request against the model, before any data is read."""
     lora = resolve_config(model, config, options.adapter_name)
     chosen = resolve_method(lora, method)
@@ -298,7 +305,7 @@ def _artefact(
     spectra: Mapping[str, Spectrum],
     observed: Observed,
     starts: LayerStarts,
-    options: _Options,
+    options: Options,
 ) -> Artefact:
     """The cheap half: ranks, then factors."""
     lora = job.request.config

@@ -49,6 +49,11 @@ class HookTarget(Protocol):
         """Last dimension of its input."""
         ...
 
+    @property
+    def counts(self) -> bool:
+        """Whether what this process sees of its input is nothing that another one has seen as well."""
+        ...
+
 
 def row_selectors(
     targets: Sequence[HookTarget],

@@ -35,7 +35,12 @@ def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
     return [bool(value) for value in tensor.tolist()]
 
 
-def merge_over_ranks(statistics: Sequence[Statistic], names: Sequence[str], device: torch.device) -> list[Statistic]:
+def merge_over_ranks(
+    statistics: Sequence[Statistic],
+    names: Sequence[str],
+    device: torch.device,
+    counts: Sequence[bool] | None = None,
+) -> list[Statistic]:
     """Give every rank the merged statistics of all ranks, bitwise equal everywhere.
 
     Every rank merges the same states in the same order, so that no rank has to send a result.
@@ -44,6 +49,8 @@ def merge_over_ranks(statistics: Sequence[Statistic], names: Sequence[str], devi
         statistics: in the same order on every rank.
         names: what each belongs to, to check that the ranks agree.
         device: where the process group can send from.
+        counts: whether this rank's part of each is to be added; False where another rank has seen the same data, as
+            tensor-parallel ranks do. None: all are.
 
     Returns:
         The merged statistics, in the same order.
@@ -56,14 +63,17 @@ def merge_over_ranks(statistics: Sequence[Statistic], names: Sequence[str], devi
     if world_size() == 1:
         return list(statistics)
     _check_agreement(names, device)
+    flags = torch.tensor([float(flag) for flag in counts or [True] * len(names)], device=device)
+    added = [torch.empty_like(flags) for _ in range(world_size())]
+    dist.all_gather(added, flags)
     out = []
-    for statistic in statistics:
+    for index, statistic in enumerate(statistics):
         statistic.settle()
         mine = statistic.state()
         packed = torch.cat([mine[key].reshape(-1).double() for key in sorted(mine)]).to(device)
         gathered = [torch.empty_like(packed) for _ in range(world_size())]
         dist.all_gather(gathered, packed)
-        states = [_unpack(flat, mine) for flat in gathered]
+        states = [_unpack(flat, mine) for flat, flags in zip(gathered, added, strict=True) if flags[index]]
         merged = type(statistic).from_state(states[0])
         for state in states[1:]:
             merged.merge(type(statistic).from_state(state))

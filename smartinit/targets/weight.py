@@ -51,9 +51,13 @@ def host_of(module: nn.Module) -> Host | None:
 
 
 def _stored_weight(module: nn.Module, host: Host) -> torch.Tensor | None:
-    """The stored weight if it is an ordinary tensor of numbers; None if it is packed, sharded or elsewhere."""
-    weight = getattr(module, "weight", None)
+    """The stored weight, if it is an `ordinary` one."""
     dimensions = 2 + len(cast("tuple[int, ...]", module.kernel_size)) if host == "convolution" else 2
+    return ordinary(getattr(module, "weight", None), dimensions)
+
+
+def ordinary(weight: object, dimensions: int = 2) -> torch.Tensor | None:
+    """A weight without gradient, if it is an ordinary tensor of numbers; None if it is packed, sharded or elsewhere."""
     if not isinstance(weight, torch.Tensor) or weight.dim() != dimensions or weight.is_meta:
         return None
     # float8 comes with a scale of its own; a tensor subclass (torchao, DTensor) keeps its numbers in its own way, and
@@ -123,7 +127,7 @@ class Target:
     @property
     def is_readable(self) -> bool:
         """Whether `weight` gives the numbers: not for quantised, sharded and meta weights."""
-        return _stored_weight(self.module, self.host) is not None
+        return self.numbers() is not None
 
     @property
     def is_transposed(self) -> bool:
@@ -133,14 +137,23 @@ class Target:
     @property
     def stored_shape(self) -> torch.Size:
         """The shape of the weight as the module stores it; for a packed one, the shape that it stands for."""
-        stored = _stored_weight(self.module, self.host)
+        stored = self.numbers()
         return torch.Size(_declared_sizes(self.module, self.host)) if stored is None else stored.shape
 
     @property
     def storage(self) -> Storage | None:
         """Where the weight lies, equal for modules that use one weight; None where it is not an ordinary one."""
-        stored = _stored_weight(self.module, self.host)
+        stored = self.numbers()
         return None if stored is None else storage_of(stored)
+
+    @property
+    def counts(self) -> bool:
+        """Whether what this process sees of its input is nothing that another one has seen as well."""
+        return True
+
+    def numbers(self) -> torch.Tensor | None:
+        """The weight as this process stores it, without gradient; None unless it is an ordinary tensor."""
+        return _stored_weight(self.module, self.host)
 
     def weight(self) -> torch.Tensor:
         """``W``, ``(out_features, in_features)``, without gradient: a view of the stored weight.
@@ -159,7 +172,7 @@ class Target:
         Raises:
             ModelError: the layer stores something else than an ordinary weight of its kind.
         """
-        weight = _stored_weight(self.module, self.host)
+        weight = self.numbers()
         if weight is None:
             stored = self._stored()
             raise ModelError(
@@ -202,7 +215,7 @@ class Target:
 
     def has_finite_weight(self) -> bool:
         """Whether the weight is free of NaN and Inf; True when it `is_readable` not. One pass, no temporary."""
-        stored = _stored_weight(self.module, self.host)
+        stored = self.numbers()
         if stored is None or stored.numel() == 0:
             return True
         low, high = stored.aminmax()  # NaN in any entry makes both NaN
