@@ -13,8 +13,9 @@ from torch import nn
 from smartinit.adapters.parallel.experts import without_layers
 from smartinit.adapters.parallel.initial import collective_device, common_seed
 from smartinit.adapters.parallel.layer import AdaptedLayer
+from smartinit.adapters.parallel.placed import is_data_parallel
 from smartinit.config.checks import closest
-from smartinit.errors import ModelError, TargetError
+from smartinit.errors import ConfigError, ModelError, TargetError
 from smartinit.megatron.matching import ModuleMatcher
 from smartinit.megatron.walk import Place, adapted_layers, chunks_of, install, places
 
@@ -118,11 +119,20 @@ class PEFT(ModuleMatcher):
         if isinstance(module, AdaptedLayer):
             return module
         matched = self.match(module, name, prefix)
-        if matched is None:
+        if matched is None or self.spares(matched[1]):
             return module
         pattern, full_name = matched
         place = Place(module, None, full_name, full_name, getattr(module, "ep_group", None))
         return self.adapted(place, pattern, seed=common_seed(), shared={})
+
+    def spares(self, name: str) -> bool:
+        """Whether a target keeps to be without adapter, such as one in a part that trains in full.
+
+        Args:
+            name: its full name.
+        """
+        del name
+        return False
 
     def freeze_model(self, model: Model, training: bool = True) -> None:
         """Freeze all parameters of the model.
@@ -203,7 +213,7 @@ class PEFT(ModuleMatcher):
                 if (matched := self.match(place.module, place.attribute or None, place.prefix)) is None:
                     continue
                 used.add(matched[0])
-                if not isinstance(place.module, AdaptedLayer):
+                if not isinstance(place.module, AdaptedLayer) and not self.spares(place.name):
                     found.append((chunk, place, matched[0]))
         self._check_used(used if unreachable is None else {*used, *self.patterns()}, names)
         if unreachable is not None:  # said only now, as the other ranks wait for this one in the check
@@ -211,6 +221,11 @@ class PEFT(ModuleMatcher):
                 f"'{unreachable.name}' ({type(unreachable.module).__name__}) holds its experts' weights itself, so it "
                 "has no linear_fc1 and linear_fc2 to adapt; build the model with SequentialMLP or TEGroupedMLP "
                 "experts, or name other layers in target_modules (such as '*.shared_experts.linear_fc1')"
+            )
+        if found and any(is_data_parallel(module) for chunk in chunks_of(model) for module in chunk.modules()):
+            raise ConfigError(
+                f"'{found[0][1].name}' is in a model that fully_shard has shared out among data-parallel ranks "
+                "already; adapt it before fully_shard"
             )
         return found
 

@@ -68,7 +68,7 @@ class Factor(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies of parameters have lost their marks."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.mark()
 
     def extra_repr(self) -> str:

@@ -35,8 +35,7 @@ class ParallelBase:
         group: the tensor-parallel ranks; None: this process alone.
         sequence: where the features are whole, the tokens are in shards (sequence parallelism): column-parallel layers
             gather their input, row-parallel layers reduce-scatter their output.
-        token_dim: the dimension along which the tokens are in shards; None: whatever the shapes of input and output
-            say (DTensor), and `sequence` with it.
+        token_dim: the dimension along which the tokens are in shards.
         partial: nothing is exchanged in the layer itself (experts: Megatron's ``explicit_expert_comm``): the output of
             a row-parallel layer, and the gradient for the input of a column-parallel one, are addends.
         whole_input: a row-parallel layer that takes the whole input and picks its features itself.
@@ -44,6 +43,7 @@ class ParallelBase:
         gated: the rows are those of a gate and then of an up projection, see `smartinit.formats.rows`.
         experts: how many weights the layer has, one for each of this rank's experts; 0: a layer with one weight.
         returns_tuple: it returns ``(output, bias)``, as Megatron's layers do.
+        placed: its tensors are DTensors, see `smartinit.adapters.parallel.placed`.
     """
 
     in_features: int
@@ -51,13 +51,18 @@ class ParallelBase:
     split: Split = "none"
     group: ProcessGroup | None = None
     sequence: bool = False
-    token_dim: int | None = 0
+    token_dim: int = 0
     partial: bool = False
     whole_input: bool = False
     whole_output: bool = False
     gated: bool = False
     experts: int = 0
     returns_tuple: bool = False
+    placed: bool = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelBase:
+        """Itself: a copy of a model is shared by the same ranks, and a process group cannot be copied."""
+        return self
 
     @property
     def size(self) -> int:
@@ -173,9 +178,11 @@ def _dtensor(weight: Any, name: str) -> ParallelBase:  # noqa: ANN401 - a DTenso
     group = mesh.get_group()
     if split != "none" and weight.shape[split == "row"] % size_of(group):
         raise ConfigError(
-            f"the weight of '{name}', {tuple(weight.shape)}, is not shared evenly by {size_of(group)} ranks"
+            f"the weight of '{name}', {tuple(weight.shape)}, is not shared evenly by {size_of(group)} ranks; choose a "
+            "tensor-parallel size that divides it, or narrow target_modules"
         )
-    return ParallelBase(in_features, out_features, split, group if split != "none" else None, token_dim=None)
+    group = None if split == "none" else group
+    return ParallelBase(in_features, out_features, split, group, partial=split != "none", placed=True)
 
 
 def _weight(module: Any, name: str) -> torch.Tensor:  # noqa: ANN401 - known by its attributes

@@ -22,7 +22,6 @@ reduce-scattered.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from smartinit.adapters.parallel.collectives import (
@@ -33,7 +32,6 @@ from smartinit.adapters.parallel.collectives import (
     spread,
     total,
 )
-from smartinit.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +58,7 @@ def low_rank(
     """``s·B A x``, in the parallel state of the base layer's output.
 
     Args:
-        base: the layer; its `ParallelBase.token_dim` is known (see `settled`).
+        base: the layer; what it does among the ranks.
         x: the layer's input on this rank.
         a: this rank's shard of A ``(…, r, in)``.
         b: this rank's shard of B ``(…, out, r)``.
@@ -88,7 +86,7 @@ def _column(
     scaling: float,
     product: Product,
 ) -> torch.Tensor:
-    group, tokens = base.group, base.token_dim or 0
+    group, tokens = base.group, base.token_dim
     apart = base.sequence or base.partial
     z = product(x, gather(a, -2, group, gradient="sum" if apart else "slice")) * scaling
     if base.partial:
@@ -112,7 +110,7 @@ def _row(
     *,
     all_to_all: bool,
 ) -> torch.Tensor:
-    group, tokens = base.group, base.token_dim or 0
+    group, tokens = base.group, base.token_dim
     z = product(shard(x, -1, group) if base.whole_input else x, a) * scaling
     if base.partial:
         return product(z, gather(b, -2, group, gradient="sum"))
@@ -121,39 +119,3 @@ def _row(
     if base.sequence:
         return product(reduce_scatter(z, tokens, group), gather(b, -2, group, gradient="sum"))
     return product(total(z, group), gather(b, -2, group, gradient="slice"))
-
-
-def settled(base: ParallelBase, x: torch.Size, output: torch.Size, name: str) -> ParallelBase:
-    """The base with what only its input and output say, where its layer does not say it itself (DTensor).
-
-    Args:
-        base: the layer.
-        x: shape of its input on this rank.
-        output: shape of its output.
-        name: for messages.
-
-    Raises:
-        ModelError: shapes that no way of sharing tokens and features explains.
-    """
-    if base.token_dim is not None or base.size == 1:
-        return base
-    before, after = x[:-1], output[:-1]
-    many, few = (after, before) if base.split == "column" else (before, after)
-    apart = [i for i, (m, f) in enumerate(zip(many, few, strict=False)) if m != f]
-    sound = len(many) == len(few) and len(apart) <= 1 and all(many[i] == few[i] * base.size for i in apart)
-    column = base.split == "column"
-    inputs = (base.in_features,) if column else (base.in_features, base.in_features // base.size)
-    outputs = (base.out_features, base.out_features // base.size) if column else (base.out_features,)
-    if not sound or x[-1] not in inputs or output[-1] not in outputs:
-        raise ModelError(
-            f"'{name}' made {tuple(output)} of an input of {tuple(x)} on each of {base.size} ranks, which is none of "
-            "the layouts known here: whole or sharded tokens, whole input features or those of RowwiseParallel, whole "
-            "output features or those of ColwiseParallel"
-        )
-    return replace(
-        base,
-        sequence=bool(apart),
-        token_dim=apart[0] if apart else 0,
-        whole_input=not column and x[-1] == base.in_features,
-        whole_output=column and output[-1] == base.out_features,
-    )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from smartinit.adapters.parallel.flow import settled
+from smartinit.adapters.parallel.placed import check_whole, within
 from smartinit.errors import ModelError
 
 if TYPE_CHECKING:
@@ -81,6 +80,10 @@ class AdaptedLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the base layer
         """What the base layer returns, with the adapter's update in its first tensor."""
+        if self.adapter_enabled:
+            if self.base.placed:
+                return within(self.to_wrap, self.base, self.adapted, x, self.name)
+            check_whole(self.to_wrap, self.name)
         returned = self.to_wrap(x, *args, **kwargs)
         output, rest, rows = self.parts(returned, x)
         if self.adapter_enabled:
@@ -111,29 +114,9 @@ class AdaptedLayer(nn.Module):
     def adapted(self, output: torch.Tensor, rows: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
         """The base layer's output with the adapter's update."""
         counts = args[0] if args else kwargs.get("m_splits", kwargs.get("tokens_per_expert"))
-        local, local_rows = to_local(output), to_local(rows)
-        base = settled(self.base, local_rows.shape, local.shape, self.name)
-        update = self.adapter(local_rows, base, counts if base.experts else None)
-        return like(local + update.to(local.dtype), output)
-
-
-def to_local(x: torch.Tensor) -> torch.Tensor:
-    """This rank's numbers of a DTensor; any other tensor itself."""
-    kept: torch.Tensor = x.to_local() if _is_dtensor(x) else x  # type: ignore[attr-defined]
-    return kept
-
-
-def like(local: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """This rank's numbers as what ``output`` is: a DTensor with its placements, or the tensor itself."""
-    if not _is_dtensor(output):
-        return local
-    made: torch.Tensor = type(output).from_local(local, output.device_mesh, output.placements)  # type: ignore[attr-defined]
-    return made
-
-
-def _is_dtensor(x: object) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(x, module.DTensor)
+        update = self.adapter(rows, self.base, counts if self.base.experts else None)
+        added: torch.Tensor = output + update.to(output.dtype)
+        return added
 
 
 def _names_of_the_base(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
