@@ -13,6 +13,7 @@ from smartinit.adapters.parallel.base import describe
 from smartinit.adapters.parallel.experts import ExpertAdapter, check_expert_group, expert_dim, is_expert
 from smartinit.adapters.parallel.initial import INITIAL, fill
 from smartinit.adapters.parallel.layer import AdaptedLayer
+from smartinit.adapters.parallel.router import AdaptedRouter, describe_router, is_router
 from smartinit.config import checks
 from smartinit.megatron.peft import PEFT
 
@@ -78,7 +79,8 @@ class LoRA(PEFT):
         expert = is_expert(place.name, place.module)
         if expert:
             check_expert_group(place.module, place.name, place.ep_group)
-        base = describe(place.module, place.name, expert=expert)
+        router = is_router(place.module)
+        base = describe_router(place.module) if router else describe(place.module, place.name, expert=expert)
         own = expert and not self.share_expert_adapters
         name = place.whole_name if own or not expert else place.experts_name
         adapter = shared.get(name)
@@ -94,7 +96,8 @@ class LoRA(PEFT):
             )
             if expert and not own:
                 shared[name] = adapter
-        return AdaptedLayer(place.module, adapter, base, place.name)
+        kind = AdaptedRouter if router else AdaptedLayer
+        return kind(place.module, adapter, base, place.name)
 
     def adapter(self, place: Place, base: ParallelBase, *, expert: bool) -> LowRankAdapter:
         """The adapter of one layer, without values.
