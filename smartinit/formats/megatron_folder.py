@@ -228,7 +228,7 @@ class ShardedFolder:
             cuts = zip(common, piece.ranges, piece.at, strict=True)
             inside = tuple(slice(a - first + at, b - first + at) for (a, b), (first, _), at in cuts)
             into = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, wanted, strict=True))
-            out[into] = self._cut(key, layout, piece.file, inside)
+            out[into] = self._cut(key, layout, piece, inside)
         if not torch.isfinite(out).all():
             raise VerificationError(f"'{key}' in '{self.path}' holds NaN or Inf; load another checkpoint")
         return out
@@ -255,14 +255,15 @@ class ShardedFolder:
             raise UnknownNameError(f"'{self.path}' holds no '{key}'")
         return self.layouts[key]
 
-    def _cut(self, key: str, layout: Layout, name: str, inside: tuple[slice, ...]) -> torch.Tensor:
+    def _cut(self, key: str, layout: Layout, piece: Piece, inside: tuple[slice, ...]) -> torch.Tensor:
+        name = piece.file
         path = self.path / name
         try:
             if name not in self._files:
                 self._files[name] = safe_open(path, framework="pt")  # mapped: pages are read when looked at
-            held = self._files[name].get_slice(key)
+            held = self._files[name].get_slice(piece.key or key)
             shape, dtype = tuple(held.get_shape()), held.get_dtype()
-            least = layout.file_shape(name)
+            least = layout.held_shape(piece)
             fits = len(shape) == len(least) and all(n <= m for n, m in zip(least, shape, strict=True))
             if _STORED.get(dtype) != layout.dtype or not fits:
                 raise ArtefactError(

@@ -8,7 +8,8 @@
 
 A file holds a tensor under its key as one rank had it. ``ranges`` say, for each dimension, which part of the whole a
 piece is; ``at``, where it starts in the file's tensor (left out where that is the beginning): of a gated layer a rank
-has two pieces, of the gate and of the up projection. The pieces lie in a grid and cover the tensor exactly once.
+has two pieces, of the gate and of the up projection. ``key``, if given, is the file's name for it: experts that share
+an adapter have it under a key each, and in a file once. The pieces lie in a grid and cover the tensor exactly once.
 """
 
 from __future__ import annotations
@@ -43,11 +44,13 @@ class Piece:
         file: name of the file.
         ranges: which part of the whole.
         at: where it starts in the file's tensor, along each dimension.
+        key: the file's key for it, where that is another tensor's; empty: the tensor's own.
     """
 
     file: str
     ranges: Ranges
     at: tuple[int, ...]
+    key: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,7 +60,8 @@ class Piece:
     def values(self) -> dict[str, object]:
         """For JSON."""
         at = {"at": list(self.at)} if any(self.at) else {}
-        return {"file": self.file, "ranges": [list(pair) for pair in self.ranges], **at}
+        key = {"key": self.key} if self.key else {}
+        return {"file": self.file, "ranges": [list(pair) for pair in self.ranges], **at, **key}
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,9 @@ class Layout:
         dtype = str(self.dtype).removeprefix("torch.")
         return {"shape": list(self.shape), "dtype": dtype, "pieces": [piece.values() for piece in self.pieces]}
 
-    def file_shape(self, file: str) -> tuple[int, ...]:
-        """The least that the file's tensor must have along each dimension."""
-        mine = [piece for piece in self.pieces if piece.file == file]
+    def held_shape(self, held: Piece) -> tuple[int, ...]:
+        """The least that the file's tensor with this piece must have along each dimension."""
+        mine = [piece for piece in self.pieces if (piece.file, piece.key) == (held.file, held.key)]
         ends = [[a + n for a, n in zip(piece.at, piece.shape, strict=True)] for piece in mine]
         return tuple(max(column) for column in zip(*ends, strict=True))
 
@@ -178,15 +182,15 @@ def _piece(value: object, dimensions: int) -> Piece | None:
     listed = entry.get("ranges")
     pairs = [_whole_numbers(pair) for pair in listed] if isinstance(listed, list) else []
     at = _whole_numbers(entry.get("at", [0] * dimensions))
-    file = entry.get("file")
+    file, key = entry.get("file"), entry.get("key", "")
     if not isinstance(file, str) or FILE.fullmatch(file) is None or at is None or len(at) != dimensions:
         return None
-    if len(pairs) != dimensions:
+    if len(pairs) != dimensions or not isinstance(key, str):
         return None
     ranges = tuple((pair[0], pair[1]) for pair in pairs if pair is not None and len(pair) == 2)  # noqa: PLR2004
     if len(ranges) != dimensions or any(start >= stop for start, stop in ranges):
         return None
-    return Piece(file, ranges, tuple(at))
+    return Piece(file, ranges, tuple(at), key)
 
 
 def _whole_numbers(value: object) -> list[int] | None:
