@@ -199,19 +199,47 @@ def row_norms(layer: Decomposable, adapter_name: str, weight: torch.Tensor | Non
     matrix = matrix.detach()
     wide = torch.promote_types(torch.promote_types(a.dtype, matrix.dtype), torch.float32)
     a, b = a.to(matrix.device, wide), b.to(matrix.device, wide)
-    scaling = layer.scaling[adapter_name]
+    stored = None if weight is not None else layer.stored_tensor()
+    base = layer.base_norms.squared(stored, matrix)
+    return norms_from(*squared_sums(a, b, matrix, base, layer.scaling[adapter_name]), wide)
+
+
+@torch.no_grad()
+def squared_sums(
+    a: torch.Tensor, b: torch.Tensor, matrix: torch.Tensor, base: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``‖W + s·B A‖²`` by rows and ``‖W‖² + ‖s·B A‖²``, whose rounding the first is known to; each ``(out,)``.
+
+    Both are sums over the columns of ``W`` and ``A``: those of shards of the columns add up to those of the whole.
+
+    Args:
+        a: ``(r, in)``, float32 or wider.
+        b: ``(out, r)``, likewise.
+        matrix: ``W (out, in)``.
+        base: ``‖W‖²`` by rows.
+        scaling: ``s``.
+
+    Cost: see `row_norms`.
+    """
     with _exactly(matrix.device):
         cross = (_product(a, matrix).T * b).sum(1)
         own = ((b @ (a @ a.T)) * b).sum(1)
-    stored = None if weight is not None else layer.stored_tensor()
-    base = layer.base_norms.squared(stored, matrix)
     own = own.to(base.dtype) * scaling**2
-    squared = base + 2 * scaling * cross.to(base.dtype) + own
+    return base + 2 * scaling * cross.to(base.dtype) + own, base + own
+
+
+def norms_from(squared: torch.Tensor, known_to: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    """Norms from what `squared_sums` gave for all columns; never zero.
+
+    Args:
+        squared: ``‖W + s·B A‖²``.
+        known_to: what its rounding error is a part of.
+        wide: in which dtype the products were taken.
+    """
     # No shorter than what a magnitude can hold, squared.
-    shortest = max(torch.finfo(wide).tiny ** 2, torch.finfo(base.dtype).tiny)
-    floor = torch.finfo(wide).eps * (base + own) + shortest
-    norms: torch.Tensor = torch.maximum(squared, floor).sqrt()
-    return norms
+    shortest = max(torch.finfo(wide).tiny ** 2, torch.finfo(squared.dtype).tiny)
+    floor = torch.finfo(wide).eps * known_to + shortest
+    return torch.maximum(squared, floor).sqrt()
 
 
 def _can_be_known_again(stored: torch.Tensor) -> bool:

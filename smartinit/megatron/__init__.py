@@ -7,6 +7,8 @@ installed, `smartinit.megatron.stand_ins` has layers that look and compute the s
 
 from __future__ import annotations
 
+from smartinit.megatron.checkpoint import load_adapter, save_adapter
+from smartinit.megatron.dora import DoRA
 from smartinit.megatron.lora import LoRA
 
-__all__ = ["LoRA"]
+__all__ = ["DoRA", "LoRA", "load_adapter", "save_adapter"]
