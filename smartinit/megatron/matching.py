@@ -57,6 +57,11 @@ class ModuleMatcher:
             )
         return chosen
 
+    def fitting(self, name: str | None, prefix: str | None) -> list[str]:
+        """All patterns that fit a module; see `match`."""
+        full_name = f"{prefix}.{name}" if prefix else name
+        return [pattern for pattern in self.patterns() if fits(pattern, name, full_name)]
+
     def match(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> tuple[str, str] | None:
         """The pattern that makes a target of a module, and the module's full name; None if there is none.
 

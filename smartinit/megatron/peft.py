@@ -10,17 +10,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from smartinit.adapters.parallel.adapter import Factor
 from smartinit.adapters.parallel.experts import without_layers
 from smartinit.adapters.parallel.initial import collective_device, common_seed
 from smartinit.adapters.parallel.layer import AdaptedLayer
 from smartinit.adapters.parallel.placed import is_data_parallel
 from smartinit.config.checks import closest
 from smartinit.errors import ConfigError, ModelError, TargetError
+from smartinit.megatron.agreement import failing_together
 from smartinit.megatron.matching import ModuleMatcher
 from smartinit.megatron.walk import Place, adapted_layers, chunks_of, install, places
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from smartinit.megatron.walk import Model
 
@@ -51,6 +53,17 @@ class PEFT(ModuleMatcher):
             ModelError: a module that cannot have an adapter.
         """
         raise NotImplementedError
+
+    def start(self, layers: Sequence[tuple[Place, nn.Module]], *, seed: int) -> None:
+        """Give the adapters of layers that `adapted` has made another start, if there is one; collective.
+
+        Args:
+            layers: with their places; they are in no model yet.
+            seed: the same on all ranks.
+
+        Raises:
+            ConfigError, ModelError: there can be none; nothing has changed then.
+        """
 
     def check(self) -> None:
         """Whether the options go together.
@@ -84,8 +97,10 @@ class PEFT(ModuleMatcher):
         shared: dict[int, dict[str, nn.Module]] = {id(chunk): {} for chunk in chunks_of(model)}
         made: list[tuple[nn.Module, Place, nn.Module]] = []
         try:
-            for chunk, place, pattern in found:
-                made.append((chunk, place, self.adapted(place, pattern, seed=seed, shared=shared[id(chunk)])))
+            with failing_together():
+                for chunk, place, pattern in found:
+                    made.append((chunk, place, self.adapted(place, pattern, seed=seed, shared=shared[id(chunk)])))
+            self.start([(place, module) for _, place, module in made], seed=seed)
         except BaseException:
             for _, _, module in made:
                 if isinstance(module, AdaptedLayer):
@@ -100,6 +115,9 @@ class PEFT(ModuleMatcher):
             new = any(layer is module for _, _, module in made)
             for parameter in layer.adapter.parameters():
                 parameter.requires_grad_(training and (new or id(parameter) in kept))
+            for factor in layer.adapter.modules():
+                if isinstance(factor, Factor) and not factor.trained:
+                    factor.weight.requires_grad_(False)
         for chunk in whole if isinstance(whole, list) else [whole]:
             chunk.train(training)
         return cast("M", whole)
@@ -123,7 +141,15 @@ class PEFT(ModuleMatcher):
             return module
         pattern, full_name = matched
         place = Place(module, None, full_name, full_name, getattr(module, "ep_group", None))
-        return self.adapted(place, pattern, seed=common_seed(), shared={})
+        seed = common_seed()
+        made = self.adapted(place, pattern, seed=seed, shared={})
+        try:
+            self.start([(place, made)], seed=seed)
+        except BaseException:
+            if isinstance(made, AdaptedLayer):
+                made.unwrapped()
+            raise
+        return made
 
     def spares(self, name: str) -> bool:
         """Whether a target keeps to be without adapter, such as one in a part that trains in full.
@@ -212,7 +238,7 @@ class PEFT(ModuleMatcher):
                     unreachable = place
                 if (matched := self.match(place.module, place.attribute or None, place.prefix)) is None:
                     continue
-                used.add(matched[0])
+                used.update(self.fitting(place.attribute or None, place.prefix) or matched[:1])
                 if not isinstance(place.module, AdaptedLayer) and not self.spares(place.name):
                     found.append((chunk, place, matched[0]))
         self._check_used(used if unreachable is None else {*used, *self.patterns()}, names)

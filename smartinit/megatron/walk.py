@@ -34,6 +34,7 @@ class Place:
         whole_name: its full name in the whole model: layers and experts have the numbers that they have there.
         ep_group: ranks with other experts, if it is in a module of experts.
         first_expert: number, among all experts, of the first (or only) one that it is of.
+        config: of the nearest module around it that has one.
     """
 
     module: nn.Module
@@ -42,6 +43,7 @@ class Place:
     whole_name: str
     ep_group: ProcessGroup | None = None
     first_expert: int = 0
+    config: Any = None
 
     @property
     def attribute(self) -> str:
@@ -136,6 +138,7 @@ def _inside(place: Place, name: str, child: nn.Module) -> Place:
         f"{place.whole_name}.{own}" if place.whole_name else own,
         group,
         first,
+        getattr(outer, "config", None) or place.config,
     )
 
 

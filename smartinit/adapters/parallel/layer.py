@@ -85,31 +85,42 @@ class AdaptedLayer(nn.Module):
                 return within(self.to_wrap, self.base, self.adapted, x, self.name)
             check_whole(self.to_wrap, self.name)
         returned = self.to_wrap(x, *args, **kwargs)
-        output, rest, rows = self.parts(returned, x)
+        output, rows = self.parts(returned, x)
         if self.adapter_enabled:
             output = self.adapted(output, rows, *args, **kwargs)
-        return (output, *rest) if isinstance(returned, tuple) else output
+        return self.like(returned, output)
 
-    def parts(self, returned: Any, x: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...], torch.Tensor]:  # noqa: ANN401
-        """The layer's output, what else it returned and its caller expects, and the adapter's input.
+    def parts(self, returned: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401 - the base's
+        """The layer's output and the adapter's input.
 
         Raises:
             ModelError: something else than a linear layer returns.
         """
-        if isinstance(returned, torch.Tensor):
-            return returned, (), x
-        rows, rest = x, tuple(returned[1:])
-        output = returned[0]
-        if "_norm_output" in vars(self) or isinstance(output, tuple):
+        output, rows = returned, x
+        if isinstance(returned, tuple):
+            output = returned[0]
             if isinstance(output, tuple):  # ((output, norm's output), bias)
                 output, rows = output
-            elif len(returned) == 3:  # noqa: PLR2004 - (output, bias, norm's output)
-                rest, rows = (returned[1],), returned[2]
+            elif self._returns_norm(returned):
+                rows = returned[2]
         if not isinstance(output, torch.Tensor):
             raise ModelError(
                 f"'{self.name}' returned a {type(output).__name__} where the output of a layer was expected"
             )
-        return output, rest, rows
+        return output, rows
+
+    def like(self, returned: Any, output: torch.Tensor) -> Any:  # noqa: ANN401 - as the base layer
+        """What the base layer returned with another output, as the caller of the layer expects it."""
+        if not isinstance(returned, tuple):
+            return output
+        wanted = vars(self).get("_norm_output", True)  # of the norm: whether it was returned before the adapter came
+        if isinstance(returned[0], tuple):
+            return ((output, returned[0][1]) if wanted else output, *returned[1:])
+        return (output, *(returned[1:] if wanted or not self._returns_norm(returned) else returned[1:2]))
+
+    def _returns_norm(self, returned: tuple[Any, ...]) -> bool:
+        """Whether a tuple is ``(output, bias, norm's output)``."""
+        return "_norm_output" in vars(self) and len(returned) == 3  # noqa: PLR2004
 
     def adapted(self, output: torch.Tensor, rows: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
         """The base layer's output with the adapter's update."""
