@@ -10,5 +10,6 @@ from __future__ import annotations
 from smartinit.megatron.checkpoint import load_adapter, save_adapter
 from smartinit.megatron.dora import DoRA
 from smartinit.megatron.lora import LoRA
+from smartinit.megatron.vlm import VLMLoRA
 
-__all__ = ["DoRA", "LoRA", "load_adapter", "save_adapter"]
+__all__ = ["DoRA", "LoRA", "VLMLoRA", "load_adapter", "save_adapter"]
