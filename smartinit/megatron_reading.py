@@ -1,0 +1,135 @@
+"""A folder with Megatron's adapters as what a PEFT folder holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from smartinit.config import LoraConfig
+from smartinit.errors import ArtefactError, VerificationError
+from smartinit.factors import Factors
+from smartinit.formats.megatron_experts import parameter_matrices
+from smartinit.formats.megatron_folder import MARKER, ShardedFolder
+from smartinit.formats.megatron_names import Spelling
+from smartinit.formats.megatron_shape import shape_of
+from smartinit.formats.megatron_to_peft import peft_adapter
+from smartinit.formats.peft import CONFIG_FILE, TENSOR_FILE, StoredAdapter
+from smartinit.formats.record import START_FOLDER
+from smartinit.formats.stamp import file_digest
+from smartinit.formats.tensors import Form
+from smartinit.model_shape import decoder_shape
+from smartinit.planning.plan import Plan
+
+if TYPE_CHECKING:
+    import os
+    from pathlib import Path
+
+    import torch
+
+    from smartinit.formats.megatron_shape import DecoderShape
+    from smartinit.formats.megatron_to_peft import PeftAdapter
+
+START_FILES = (CONFIG_FILE, TENSOR_FILE)
+
+
+def read_megatron(
+    folder: str | os.PathLike[str],
+    *,
+    model: str | os.PathLike[str] | None = None,
+    spelling: Spelling | None = None,
+    shape: DecoderShape | None = None,
+) -> StoredAdapter:
+    """An adapter folder of Megatron's as what `smartinit.formats.peft.read_adapter` makes of one of PEFT's.
+
+    Args:
+        folder: with ``megatron_adapter.json``.
+        model: the base model's folder or name; see `export_adapter`.
+        spelling: how the model writes its names; None: what the folder says, or else as most do.
+        shape: of the model; None: from ``model`` or the folder.
+
+    Raises:
+        As `export_adapter`.
+    """
+    stored = ShardedFolder.open(folder)
+    known = shape or decoder_shape(model, known=known_shape(stored), base_model=base_model(stored))
+    made = peft_adapter(tensors_of(stored), stored.config, known, spelling or spelling_in(stored))
+    config, _, factors, _ = as_peft(stored, made)
+    return StoredAdapter(stored.path, config, factors, {name: Form() for name in factors})
+
+
+def start_in(folder: Path) -> Path | None:
+    """The start that a Megatron folder keeps; None where nothing was split.
+
+    Raises:
+        ArtefactError: it is lost.
+        VerificationError: it is another one.
+    """
+    stored = ShardedFolder.open(folder)
+    said = stored.config.get("start")
+    if said is None:
+        return None
+    start = folder / START_FOLDER
+    for name in START_FILES:
+        if not (start / name).is_file():
+            raise ArtefactError(f"'{start / name}' is missing: '{folder}' has lost its start; export it again")
+        if not isinstance(said, dict) or file_digest(start / name) != said.get(name):
+            raise VerificationError(f"'{start / name}' is not the file that '{folder / MARKER}' was written with")
+    return start
+
+
+def tensors_of(stored: ShardedFolder) -> dict[str, torch.Tensor]:
+    """All tensors, whole."""
+    return {key: stored.read(key) for key in stored.layouts}
+
+
+def known_shape(stored: ShardedFolder) -> DecoderShape | None:
+    """What a Megatron folder says of its model."""
+    said = stored.config.get("model_shape")
+    if not isinstance(said, dict):
+        return None
+    return shape_of(said)
+
+
+def as_peft(stored: ShardedFolder, made: PeftAdapter) -> tuple[LoraConfig, Plan, dict[str, Factors], dict[str, str]]:
+    """Configuration, ranks, matrices, and which names are parameters', as PEFT's files have them."""
+    factors = {name: Factors(u.a, u.b, magnitude=u.magnitude) for name, u in made.layers.items()}
+    updates = {name: (u.rank, u.alpha) for name, u in made.layers.items()}
+    parameters: dict[str, str] = {}
+    for name, update in made.stacks.items():  # of two parts around one module the first is the inner one
+        module = name.rpartition(".")[0]
+        both = [one for one in made.stacks if one.rpartition(".")[0] == module]
+        path = f"{module}.base_layer" if len(both) > 1 and name.endswith(".gate_up_proj") else module
+        factors[path] = Factors(*parameter_matrices(update))
+        updates[path] = update.rank, update.alpha
+        parameters[path] = name
+    if not factors:
+        raise ArtefactError(f"'{stored.path}' holds no adapter weights")
+    plan = Plan({name: r for name, (r, _) in updates.items()}, {name: alpha for name, (_, alpha) in updates.items()})
+    dropout, task = stored.config.get("dropout", 0.0), stored.config.get("task_type")
+    config = LoraConfig(
+        r=max(plan.ranks.values()),
+        lora_alpha=float(stored.config["alpha"]),
+        lora_dropout=float(dropout) if isinstance(dropout, (int, float)) and not parameters else 0.0,
+        target_modules=[name for name in plan.ranks if name not in parameters] or None,
+        target_parameters=list(parameters.values()) or None,
+        use_dora=any(update.magnitude is not None for update in made.layers.values()),
+        task_type=task if isinstance(task, str) else None,
+        base_model_name_or_path=base_model(stored),
+        rank_pattern={},
+        inference_mode=True,
+    )
+    return config, plan, factors, parameters
+
+
+def base_model(stored: ShardedFolder) -> str | None:
+    """The name of the adapter's model, if the folder has it."""
+    name = stored.config.get("base_model")
+    return name if isinstance(name, str) else None
+
+
+def spelling_in(stored: ShardedFolder) -> Spelling:
+    """How the folder says that the model writes its names; else as transformers 5 does."""
+    said = stored.config.get("peft_names")
+    if said is not None:
+        return Spelling.from_dict(said)
+    seeing = any(key.startswith("language_model.") for key in stored.layouts)
+    return Spelling(prefix="model.language_model.") if seeing else Spelling()
