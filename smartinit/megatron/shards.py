@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from smartinit.adapters.parallel.adapter import Factor, LowRankAdapter
 from smartinit.adapters.parallel.collectives import rank_of, size_of
-from smartinit.adapters.parallel.experts import ExpertAdapter
+from smartinit.adapters.parallel.stored import stored
 from smartinit.errors import ModelError
 from smartinit.formats.megatron_layout import Ranges, parts
 from smartinit.megatron.walk import adapted_layers
@@ -15,8 +14,8 @@ from smartinit.megatron.walk import adapted_layers
 if TYPE_CHECKING:
     import torch
 
-    from smartinit.adapters.parallel.base import ParallelBase
     from smartinit.adapters.parallel.layer import AdaptedLayer
+    from smartinit.adapters.parallel.stored import Stored
     from smartinit.megatron.walk import Model, Place
 
 
@@ -67,44 +66,26 @@ def adapter_shards(model: Model) -> dict[str, Shard]:
 
 
 def _of_layer(place: Place, layer: AdaptedLayer) -> list[Shard]:
-    modules = dict(layer.adapter.named_modules())
-    pairs = {path: one for path, one in modules.items() if isinstance(one, LowRankAdapter)}
-    first = next(iter(pairs.values()), None)
     out = []
-    for path, parameter in layer.adapter.named_parameters(remove_duplicate=False):
-        prefix = f"{place.whole_name}." if place.whole_name else ""
-        key = f"{prefix}adapter.{path}"
+    for part in stored(layer.adapter, layer.base):
+        key = f"{place.whole_name}.{part.path}" if place.whole_name else part.path
+        parameter = part.parameter
         if parameter.is_meta or hasattr(parameter, "placements"):
             what = "no numbers yet (device meta)" if parameter.is_meta else "shards of torch's own (DTensor)"
             raise ModelError(f"the adapter weight '{key}' has {what}; expected plain tensors on a device")
-        owners = [pair for at, pair in pairs.items() if not at or path.startswith(f"{at}.")]
-        owner = owners[-1] if owners else first
-        base = layer.base if owner is None else owner.base
-        holder = modules[path.rpartition(".")[0]]
-        dim = holder.partition_dim if isinstance(holder, Factor) else _marked(parameter)
-        rows = path.endswith("linear_out.weight") or not isinstance(holder, Factor)
-        gated = base.gated and rows and dim is not None
-        matrices = isinstance(owner, ExpertAdapter) if isinstance(holder, Factor) else parameter.dim() > 1
-        experts = base.experts if matrices else 0
-        shape, cuts = _whole(parameter.shape, dim, base, gated=gated)
-        if experts:  # of each expert its own
+        shape, cuts = _whole(part)
+        if part.by_expert:  # of each expert its own
             shape, cuts = _among_experts(shape, cuts, place)
-        rank, alpha = (0, 0.0) if owner is None else (owner.dim, float(owner.alpha))
-        out.append(Shard(key, place.whole_name, parameter, rank, alpha, shape, cuts, base.gated))
+        out.append(Shard(key, place.whole_name, parameter, part.dim, part.alpha, shape, cuts, part.base.gated))
     return out
 
 
-def _marked(parameter: torch.Tensor) -> int | None:
-    """Along which dimension a parameter says that it is in shards."""
-    return int(parameter.partition_dim) if getattr(parameter, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
-
-
-def _whole(own: torch.Size, dim: int | None, base: ParallelBase, *, gated: bool) -> tuple[tuple[int, ...], Parts]:
+def _whole(part: Stored) -> tuple[tuple[int, ...], Parts]:
     """Shape of the whole tensor, and this rank's parts of it."""
-    shape = list(own)
+    shape, dim, base = list(part.parameter.shape), part.partition_dim, part.base
     if dim is not None:
         shape[dim] *= base.size
-    return tuple(shape), tuple(parts(shape, dim, base.rank, base.size, gated=gated))
+    return tuple(shape), tuple(parts(shape, dim, base.rank, base.size, gated=part.gated))
 
 
 def _among_experts(shape: tuple[int, ...], cuts: Parts, place: Place) -> tuple[tuple[int, ...], Parts]:

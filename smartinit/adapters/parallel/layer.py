@@ -90,6 +90,17 @@ class AdaptedLayer(nn.Module):
             output = self.adapted(output, rows, *args, **kwargs)
         return self.like(returned, output)
 
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """For Megatron-Core's distributed checkpoints; see `smartinit.adapters.parallel.sharded_state`."""
+        from smartinit.adapters.parallel.sharded_state import sharded_state
+
+        return sharded_state(self.to_wrap, self.adapter, self.base, prefix, sharded_offsets, metadata)
+
     def parts(self, returned: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401 - the base's
         """The layer's output and the adapter's input.
 
