@@ -7,9 +7,10 @@ installed, `smartinit.megatron.stand_ins` has layers that look and compute the s
 
 from __future__ import annotations
 
+from smartinit.megatron.canonical import CanonicalLoRA
 from smartinit.megatron.checkpoint import load_adapter, save_adapter
 from smartinit.megatron.dora import DoRA
 from smartinit.megatron.lora import LoRA
 from smartinit.megatron.vlm import VLMLoRA
 
-__all__ = ["DoRA", "LoRA", "VLMLoRA", "load_adapter", "save_adapter"]
+__all__ = ["CanonicalLoRA", "DoRA", "LoRA", "VLMLoRA", "load_adapter", "save_adapter"]
