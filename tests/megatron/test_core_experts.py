@@ -185,7 +185,7 @@ def test_its_mixture_of_experts_with_adapters_is_the_dense_one(
         seen |= set(found)
         for name, value in found.items():
             torch.testing.assert_close(
-                value.double(), expected[name], rtol=1e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+                value.double(), expected[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
             )
     assert seen == set(expected)
 
@@ -197,9 +197,7 @@ def legacy_experts() -> None:
         check = experts.gg.assert_grouped_gemm_is_available
         experts.gg.assert_grouped_gemm_is_available = lambda: None  # only its kernels are missing
         try:
-            model = nn.ModuleDict(
-                {"mlp": nn.ModuleDict({"experts": experts.GroupedMLP(2, moe_config(1, 1, 1), groups)})}
-            )
+            module = experts.GroupedMLP(2, moe_config(1, 1, 1), groups)
         finally:
             experts.gg.assert_grouped_gemm_is_available = check
         with pytest.raises(ModelError, match=r"'mlp.experts' \(GroupedMLP\) holds its experts' weights itself"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
+from smartinit.adapters.parallel.base import describe
 from smartinit.adapters.parallel.collectives import gather, reduce_scatter
 from smartinit.errors import ConfigError, ModelError, TargetError
 from smartinit.formats.rows import shard_rows
@@ -20,6 +22,8 @@ from smartinit.megatron.stand_ins import ColumnParallelLinear, RowParallelLinear
 
 if TYPE_CHECKING:
     from ranks import Ranks
+
+    from smartinit.adapters.parallel.base import ParallelBase
 
 HIDDEN, FFN, RANK, TOPK, EXPERTS, TOKENS = 8, 12, 4, 2, 4, 16
 LAYERS = {"linear_fc1": (2 * FFN, HIDDEN), "linear_fc2": (HIDDEN, FFN)}
@@ -470,3 +474,43 @@ def test_counts_that_do_not_fit_are_refused(counts: list[int] | None) -> None:
     adapter = model["mlp"]["experts"].linear_fc1.adapter
     with pytest.raises(ModelError, match="number of tokens of each expert" if counts is None else "was told of"):
         adapter(torch.ones(5, HIDDEN, dtype=torch.float64), None, counts)
+
+
+class TEParallelGroupedLinear(nn.Module):
+    """What Megatron-Core's wrapper of Transformer Engine's grouped layer has among several ranks."""
+
+    def __init__(self, out_features: int, in_features: int, group: Any) -> None:
+        super().__init__()
+        self.num_gemms, self.parallel_mode, self.tp_size, self.tp_group, self._tp_group = 2, None, 1, None, group
+        self.sequence_parallel, self.config = True, config()
+        for i in range(self.num_gemms):
+            self.register_parameter(f"weight{i}", nn.Parameter(torch.ones(out_features, in_features)))
+
+
+class TEColumnParallelGroupedLinear(TEParallelGroupedLinear):
+    pass
+
+
+class TERowParallelGroupedLinear(TEParallelGroupedLinear):
+    pass
+
+
+def described() -> list[ParallelBase]:
+    group, size = dist.group.WORLD, dist.get_world_size()
+    column = TEColumnParallelGroupedLinear(2 * FFN // size, HIDDEN, group)
+    row = TERowParallelGroupedLinear(HIDDEN, FFN // size, group)
+    bases = [
+        describe(column, "mlp.experts.linear_fc1", expert=True),
+        describe(row, "mlp.experts.linear_fc2", expert=True),
+    ]
+    return [replace(base, group=None) for base in bases if base.group is group]
+
+
+def test_layers_of_transformer_engine_that_know_nothing_of_their_ranks_are_whole_among_them(two_ranks: Ranks) -> None:
+    for column, row in two_ranks.run(described):
+        assert (column.out_features, column.in_features, column.split) == (2 * FFN, HIDDEN, "column")
+        assert (row.out_features, row.in_features, row.split) == (HIDDEN, FFN, "row")
+        assert column.gated
+        assert not row.gated
+        for base in (column, row):
+            assert (base.partial, base.sequence, base.experts) == (True, False, 2)

@@ -147,9 +147,12 @@ def _engine(module: Any, name: str, *, expert: bool) -> ParallelBase:  # noqa: A
     row = mode == "row" or (mode is None and _named(module, "RowParallel"))
     column = mode == "column" or (mode is None and _named(module, "ColumnParallel"))
     group = next((g for g in (getattr(module, a, None) for a in ("tp_group", "_tp_group")) if g is not None), None)
-    size = _check_group(group, int(getattr(module, "tp_size", 1)), name) if row or column else 1
     out_features, in_features = (int(n) for n in weight.shape[-2:])
     partial = mode is None and (row or column)
+    if partial:  # told nothing of its ranks, so that it exchanges nothing: its tp_size says 1 whatever the group is
+        size = size_of(group)
+    else:
+        size = _check_group(group, int(getattr(module, "tp_size", 1)), name) if row or column else 1
     return ParallelBase(
         in_features=in_features * (size if row else 1),
         out_features=out_features * (size if column else 1),
