@@ -1,0 +1,305 @@
+"""Adapters beside Megatron-Core's own layers, on CPU and gloo, as far as megatron-core itself runs there.
+
+Its rank processes are of this file only: megatron-core keeps its process groups in module globals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import subprocess
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from smartinit.formats.rows import join_rows, shard_rows
+from smartinit.megatron import LoRA
+from smartinit.megatron.walk import adapted_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from ranks import Ranks
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None,
+    reason="megatron-core is not installed; it has wheels for Linux on x86_64 and aarch64",
+)
+
+IN, OUT, RANK, TOKENS = 16, 24, 8, 12
+TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+
+
+@pytest.fixture(scope="module")
+def core_ranks() -> Iterator[Ranks]:
+    """Two processes with megatron-core in them."""
+    from ranks import Ranks
+
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+def core(tensor: int, **sizes: int) -> Any:
+    """megatron-core's parallel_state, with groups of these sizes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that Apex and Transformer Engine are not there
+        from megatron.core import parallel_state, tensor_parallel
+        from megatron.core.models.gpt import gpt_layer_specs  # noqa: F401
+    # The only two things replaced: where tensors are made, and whose random numbers dropout draws (there is none).
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+    tensor_parallel.get_cuda_rng_tracker().fork = lambda *_: contextlib.nullcontext()
+    sizes = {"tensor_model_parallel_size": tensor, **sizes}
+    if getattr(core, "sizes", None) != sizes:
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(**sizes)
+        core.sizes = sizes  # type: ignore[attr-defined]
+    return parallel_state
+
+
+def config_of(tensor: int, **options: Any) -> Any:
+    from megatron.core.transformer import TransformerConfig
+
+    values: dict[str, Any] = dict(num_layers=2, hidden_size=IN, num_attention_heads=4, num_query_groups=2)
+    values |= dict(ffn_hidden_size=OUT, gated_linear_unit=True, activation_func=torch.nn.functional.silu)
+    values |= dict(add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0, use_cpu_initialization=True)
+    values |= dict(masked_softmax_fusion=False, bias_dropout_fusion=False, gradient_accumulation_fusion=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return TransformerConfig(tensor_model_parallel_size=tensor, **{**values, **options})
+
+
+def numbers(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def whole_numbers() -> dict[str, torch.Tensor]:
+    shapes = dict(w=(OUT, IN), a=(RANK, IN), b=(OUT, RANK), x=(TOKENS, 2, IN), dy=(TOKENS, 2, OUT))
+    return {name: numbers(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+
+
+def dense() -> dict[str, torch.Tensor]:
+    """``W x + s·B A x`` and its gradients on one process, in float64."""
+    t = {name: value.double() for name, value in whole_numbers().items()}
+    for name in "abx":
+        t[name].requires_grad_()
+    y = t["x"] @ t["w"].T + (32 / RANK) * (t["x"] @ t["a"].T @ t["b"].T)
+    y.backward(t["dy"])
+    return {"y": y.detach(), **{f"d{name}": t[name].grad for name in "xab"}}
+
+
+def gathered(t: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    if size == 1:
+        return t
+    parts = [torch.empty_like(t) for _ in range(size)]
+    dist.all_gather(parts, t.contiguous())
+    return join_rows(parts, dim=dim)
+
+
+CASES = [("column", dict()), ("column", dict(gather_output=True)), ("column", dict(sequence_parallel=True))]
+CASES += [("row", dict()), ("row", dict(input_is_parallel=False)), ("row", dict(sequence_parallel=True))]
+CASES += [("row", dict(sequence_parallel=True, a2a=True))]
+
+
+def base_layer(kind: str, size: int, options: dict[str, Any]) -> Any:
+    """Megatron-Core's layer with this rank's shard of W."""
+    from megatron.core import tensor_parallel
+
+    options = dict(options)
+    config = config_of(size, sequence_parallel=options.pop("sequence_parallel", False) and size > 1)
+    same: dict[str, Any] = dict(config=config, init_method=torch.nn.init.normal_, bias=False, skip_bias_add=False)
+    if kind == "column":
+        layer = tensor_parallel.ColumnParallelLinear(IN, OUT, **same, **{"gather_output": False, **options})
+    else:
+        layer = tensor_parallel.RowParallelLinear(IN, OUT, **same, **{"input_is_parallel": True, **options})
+    rank = dist.get_rank() if size > 1 else 0
+    layer.weight.data.copy_(shard_rows(whole_numbers()["w"], rank, size, dim=int(kind == "row")))
+    return layer
+
+
+def inputs(kind: str, size: int, options: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's part of x, and of the gradient of the output."""
+    rank = dist.get_rank() if size > 1 else 0
+    t = whole_numbers()
+    by_tokens = options.get("sequence_parallel", False)
+
+    def cut(t: torch.Tensor, dim: int) -> torch.Tensor:
+        return shard_rows(t, rank, size, dim=dim)
+
+    if kind == "column":
+        x = cut(t["x"], 0) if by_tokens else t["x"]
+        dy = t["dy"] if options.get("gather_output") else cut(t["dy"], 2)
+    else:
+        x = t["x"] if options.get("input_is_parallel") is False else cut(t["x"], 2)
+        dy = cut(t["dy"], 0) if by_tokens else t["dy"]
+    return x.clone().requires_grad_(), dy
+
+
+def whole_results(
+    kind: str, size: int, options: dict[str, Any], y: torch.Tensor, x: torch.Tensor, a: Any, b: Any
+) -> dict[str, torch.Tensor]:
+    by_tokens = options.get("sequence_parallel", False)
+    if kind == "column":
+        y = y if options.get("gather_output") else gathered(y, 2, size)
+        dx = gathered(x.grad, 0, size) if by_tokens else x.grad
+    else:
+        y = gathered(y, 0, size) if by_tokens else y
+        dx = x.grad if options.get("input_is_parallel") is False else gathered(x.grad, 2, size)
+    da = gathered(a.grad, 0 if kind == "column" else 1, size)
+    return {"y": y, "dx": dx, "da": da, "db": gathered(b.grad, 0, size)}
+
+
+def ours(kind: str, size: int, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    core(size)
+    options = dict(options)
+    lora = LoRA(["linear_fc9"], dim=RANK, a2a_experimental=options.pop("a2a", False))
+    layer: Any = lora(torch.nn.ModuleDict({"linear_fc9": base_layer(kind, size, options)}))["linear_fc9"]
+    t = whole_numbers()
+    layer.adapter.set_whole(t["a"], t["b"])
+    x, dy = inputs(kind, size, options)
+    y, bias = layer(x)
+    assert bias is None
+    y.backward(dy)
+    a, b = layer.adapter.linear_in.weight, layer.adapter.linear_out.weight
+    return whole_results(kind, size, options, y.detach(), x, a, b)
+
+
+def reference(kind: str, size: int, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The adapter as Megatron Bridge's documentation describes it, made of Megatron-Core's own layers."""
+    from megatron.core import tensor_parallel as tp
+
+    core(size)
+    options = {name: value for name, value in options.items() if name != "a2a"}
+    layer = base_layer(kind, size, options)
+    layer.weight.requires_grad_(False)
+    by_tokens = options.get("sequence_parallel", False) and size > 1
+    same: dict[str, Any] = dict(config=config_of(size), init_method=torch.nn.init.normal_, bias=False)
+    if kind == "column":
+        linear_in = tp.ColumnParallelLinear(IN, RANK, gather_output=True, **same)
+        linear_out = tp.ColumnParallelLinear(RANK, OUT, gather_output=options.get("gather_output", False), **same)
+    else:
+        whole = options.get("input_is_parallel") is False
+        linear_in = tp.RowParallelLinear(IN, RANK, input_is_parallel=not whole, skip_bias_add=True, **same)
+        linear_out = tp.ColumnParallelLinear(RANK, OUT, gather_output=True, **same)
+    rank, t = dist.get_rank() if size > 1 else 0, whole_numbers()
+    linear_in.weight.data.copy_(shard_rows(t["a"], rank, size, dim=int(kind == "row")))
+    linear_out.weight.data.copy_(shard_rows(t["b"], rank, size))
+    x, dy = inputs(kind, size, options)
+    y, _ = layer(x)
+    rows = x
+    if by_tokens and kind == "column":  # the layers of the adapter sum up the gradient themselves
+        rows = tp.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
+    update, _ = linear_out(linear_in(rows)[0])
+    if by_tokens and kind == "row":
+        update = tp.scatter_to_sequence_parallel_region(update)
+    y = y + (32 / RANK) * update
+    y.backward(dy)
+    return whole_results(kind, size, options, y.detach(), x, linear_in.weight, linear_out.weight)
+
+
+def both(kind: str, options: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+    """Ours on one and two ranks, and the reference on two."""
+    return [ours(kind, 1, options), ours(kind, 2, options), reference(kind, 2, options)]
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES)
+def test_adapters_beside_its_layers_compute_what_one_process_does(
+    core_ranks: Ranks, kind: str, options: dict[str, Any]
+) -> None:
+    expected = dense()
+    for found in core_ranks.run(both, kind, options):
+        for which, values in zip(("1 rank", "2 ranks", "its own layers"), found, strict=True):
+            for name, value in values.items():
+                torch.testing.assert_close(
+                    value.double(),
+                    expected[name],
+                    rtol=1e-5,
+                    atol=1e-5,
+                    msg=lambda m, n=name, w=which: f"{w}, {n}: {m}",
+                )
+
+
+def gpt(tensor: int, lora: LoRA | None, **options: Any) -> Any:
+    """A two-layer decoder of Megatron-Core's, adapted; the same numbers however many ranks there are."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    torch.manual_seed(1)
+    config = config_of(tensor, **options)
+    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = GPTModel(config, spec, vocab_size=32, max_sequence_length=8, position_embedding_type="rope")
+    if lora is None:
+        return model
+    torch.manual_seed(2)
+    return lora(model)
+
+
+def loss_of(model: Any, step: int = 0) -> torch.Tensor:
+    ids = torch.randint(32, (2, 8), generator=torch.Generator().manual_seed(step))
+    mask = torch.ones(8, 8, dtype=torch.bool).triu(1)[None, None]
+    loss: torch.Tensor = model(ids, torch.arange(8).expand(2, 8), mask, labels=ids.roll(1, 1)).mean()
+    return loss
+
+
+def adapter_gradients(model: Any) -> dict[str, torch.Tensor]:
+    """Of whole factors, by the name in the whole model."""
+    out = {}
+    for place, layer in adapted_layers(model):
+        for side in ("in", "out"):
+            grad = getattr(layer.adapter, f"linear_{side}").weight.grad
+            out[f"{place.whole_name}.{side}"] = layer.adapter.joined(grad, side)
+    return out
+
+
+def train(tensor: int, options: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor], list[str]]:
+    """Losses of a few steps, the first gradients, and the keys of the state dict."""
+    core(tensor)
+    model = gpt(tensor, LoRA(TARGETS, dim=RANK, lora_B_init_method="normal"), **options)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses, first = [], {}
+    for step in range(4):
+        optimizer.zero_grad()
+        loss = loss_of(model, step)
+        loss.backward()
+        losses.append(float(loss))
+        first = first or adapter_gradients(model)
+        optimizer.step()
+    return losses, first, sorted(model.state_dict())
+
+
+def trainings(options: dict[str, Any]) -> Any:
+    return [train(1, options), train(2, options)]
+
+
+def test_a_whole_model_trains_alike_on_one_rank_and_on_two(core_ranks: Ranks) -> None:
+    for one, two in core_ranks.run(trainings, {}):
+        torch.testing.assert_close(two[0], one[0], rtol=1e-5, atol=1e-5)
+        assert one[0][-1] != one[0][0]
+        assert two[1].keys() == one[1].keys()
+        assert len(one[1]) == 2 * 4 * 2
+        for name, gradient in one[1].items():
+            torch.testing.assert_close(two[1][name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_keys_are_those_that_megatron_bridge_reads(core_ranks: Ranks) -> None:
+    layers = [
+        f"decoder.layers.{i}.{name}"
+        for i in (0, 1)
+        for name in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+    ]
+    added = {f"{layer}.adapter.{side}.weight" for layer in layers for side in ("linear_in", "linear_out")}
+    for base, adapted in core_ranks.run(keys):
+        assert adapted - base == added
+        assert base <= adapted
+
+
+def keys() -> tuple[set[str], set[str]]:
+    core(2)
+    return set(gpt(2, None).state_dict()), set(gpt(2, LoRA(TARGETS, dim=RANK)).state_dict())
