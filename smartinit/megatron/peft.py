@@ -19,7 +19,7 @@ from smartinit.config.checks import closest
 from smartinit.errors import ConfigError, ModelError, TargetError
 from smartinit.megatron.agreement import failing_together
 from smartinit.megatron.matching import ModuleMatcher
-from smartinit.megatron.walk import Place, adapted_layers, chunks_of, install, places
+from smartinit.megatron.walk import Place, adapted_layers, chunks_of, install, places, warn_of_wrappers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -113,13 +113,11 @@ class PEFT(ModuleMatcher):
             whole = install(whole, chunk, place, module)
         for _, layer in adapted_layers(whole):
             new = any(layer is module for _, _, module in made)
-            for parameter in layer.adapter.parameters():
-                parameter.requires_grad_(training and (new or id(parameter) in kept))
-            for factor in layer.adapter.modules():
-                if isinstance(factor, Factor) and not factor.trained:
-                    factor.weight.requires_grad_(False)
+            _let_train(layer, {id(p) for p in layer.adapter.parameters() if training and (new or id(p) in kept)})
         for chunk in whole if isinstance(whole, list) else [whole]:
             chunk.train(training)
+        if made and training:
+            warn_of_wrappers(whole)
         return cast("M", whole)
 
     def transform(self, module: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
@@ -276,3 +274,12 @@ class PEFT(ModuleMatcher):
             raise TargetError(
                 f"no linear layer of the model is left as a target by exclude_modules={self.exclude_modules}"
             )
+
+
+def _let_train(layer: AdaptedLayer, ids: set[int]) -> None:
+    """These parameters of the adapter are trained, but for factors whose start says that they stay."""
+    for parameter in layer.adapter.parameters():
+        parameter.requires_grad_(id(parameter) in ids)
+    for factor in layer.adapter.modules():
+        if isinstance(factor, Factor) and not factor.trained:
+            factor.weight.requires_grad_(False)

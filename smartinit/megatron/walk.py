@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,31 @@ def inner_of(model: nn.Module) -> nn.Module:
     while list(inner._modules) == ["module"] and isinstance(inner.module, nn.Module):  # noqa: SLF001 - its only child
         inner = inner.module
     return inner
+
+
+def warn_of_wrappers(model: Model) -> None:
+    """Say so if a data-parallel wrapper was made before there were adapters: it does not know of them."""
+    for chunk in model if isinstance(model, list) else [model]:
+        wrapper = next((m for m in _wrappers(chunk) if _averages(m)), None)
+        if wrapper is not None:
+            warnings.warn(
+                f"gradients of adapters are not averaged over data-parallel ranks by a {type(wrapper).__name__} that "
+                "was made before them; adapt the model first and wrap it then, or wrap what is in the wrapper again",
+                stacklevel=3,
+            )
+            return
+
+
+def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    inner = inner_of(model)
+    while model is not inner:
+        yield model
+        model = model.module  # type: ignore[assignment]
+
+
+def _averages(module: nn.Module) -> bool:
+    """Torch's wrapper or Megatron's, which is not imported."""
+    return any(kind.__name__ == "DistributedDataParallel" for kind in type(module).__mro__)
 
 
 def places(chunk: nn.Module) -> Iterator[Place]:
