@@ -11,21 +11,22 @@ import torch
 from smartinit.adapters.parallel.adapter import LowRankAdapter
 from smartinit.adapters.parallel.base import describe
 from smartinit.adapters.parallel.experts import ExpertAdapter, check_expert_group, expert_dim, is_expert
-from smartinit.adapters.parallel.initial import INITIAL, fill
+from smartinit.adapters.parallel.initial import fill
 from smartinit.adapters.parallel.layer import AdaptedLayer
 from smartinit.adapters.parallel.router import AdaptedRouter, describe_router, is_router
 from smartinit.config import checks
-from smartinit.megatron.peft import PEFT
+from smartinit.megatron.startable import Startable
 
 if TYPE_CHECKING:
     from torch import nn
 
     from smartinit.adapters.parallel.base import ParallelBase
     from smartinit.megatron.walk import Place
+    from smartinit.methods.base import Method
 
 
 @dataclass
-class LoRA(PEFT):
+class LoRA(Startable):
     """Low-rank adapters beside linear layers, parallel or not.
 
     ``LoRA(dim=16)(model)`` freezes the model and adapts it, in place; see `PEFT.__call__`.
@@ -38,8 +39,9 @@ class LoRA(PEFT):
         dropout: probability of dropout, in ``[0, 1)``.
         dropout_position: ``"pre"``: of the layer's input; ``"post"``: of the update.
         lora_A_init_method: ``"xavier"`` (normal), ``"normal"`` (standard deviation 0.2), ``"kaiming"`` (uniform, a=√5),
-            ``"uniform"`` (the same) or ``"zero"``.
-        lora_B_init_method: likewise.
+            ``"uniform"`` (the same) or ``"zero"``; or a method of `smartinit.methods`, by name (``"eva"``, ``"pissa"``,
+            …) or as an object with options, which starts B as well. Those that read data start in `initialize`.
+        lora_B_init_method: likewise, without smartinit's methods.
         a2a_experimental: row-parallel layers with sequence parallelism exchange outputs in one all-to-all, instead of
             gathering B; the numbers are equal.
         lora_dtype: of the factors; None: that of the base weight (float32 beside a quantised one).
@@ -52,7 +54,7 @@ class LoRA(PEFT):
     alpha: float = 32
     dropout: float = 0.0
     dropout_position: Literal["pre", "post"] = "pre"
-    lora_A_init_method: str = "xavier"
+    lora_A_init_method: str | Method = "xavier"
     lora_B_init_method: str = "zero"
     a2a_experimental: bool = False
     lora_dtype: torch.dtype | None = None
@@ -70,8 +72,7 @@ class LoRA(PEFT):
         checks.positive("alpha", self.alpha)
         checks.choice("dropout_position", self.dropout_position, ("pre", "post"))
         checks.number("dropout", self.dropout, "a probability below 1", 0, math.nextafter(1, 0))
-        checks.choice("lora_A_init_method", self.lora_A_init_method, INITIAL)
-        checks.choice("lora_B_init_method", self.lora_B_init_method, INITIAL)
+        self.check_starts(self.lora_B_init_method)
 
     def adapted(self, place: Place, pattern: str, *, seed: int, shared: dict[str, nn.Module]) -> nn.Module:
         """See `PEFT.adapted`."""
@@ -88,7 +89,7 @@ class LoRA(PEFT):
             adapter = self.adapter(place, base, expert=expert)
             fill(
                 adapter,
-                self.lora_A_init_method,
+                self.a_initial,
                 self.lora_B_init_method,
                 seed=seed,
                 name=name,

@@ -38,6 +38,9 @@ class Factor(nn.Module):
         expert: whether it is an expert's: those are not reduced over all data-parallel ranks.
         device: where it lies.
         dtype: of it.
+
+    Attributes:
+        trained: whether it is trained where its adapter is; False where a start says that it stays as it is.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Factor(nn.Module):
     ) -> None:
         super().__init__()
         self.partition_dim, self.expert = partition_dim, expert
+        self.trained = True
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.mark()
 

@@ -1,0 +1,143 @@
+"""What reaches adapters during passes over data: whole rows and whole gradients, whatever each rank has of them."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from smartinit.adapters.parallel.collectives import gather, gathered, shard, size_of
+from smartinit.formats.rows import join_rows, shard_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch.distributed import ProcessGroup
+
+    from smartinit.adapters.parallel.base import ParallelBase
+    from smartinit.adapters.parallel.layer import AdaptedLayer
+    from smartinit.megatron.sharded_target import ShardedTarget
+
+_SEQUENCE_FIRST = 3  # dimensions of Megatron's activations: (tokens, batch, features)
+
+
+class Ear(nn.Module):
+    """Where `smartinit.activations` puts its hooks: its input is that of a whole layer, and so is its output."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        """``y``, the part of the layer's output that goes through here."""
+        return x if y is None else y
+
+
+@contextmanager
+def listening(targets: Sequence[ShardedTarget], *, gradients: bool) -> Iterator[None]:
+    """Let the targets' modules hear what reaches their layers; the model computes what its base does meanwhile.
+
+    Args:
+        targets: whose.
+        gradients: whether the gradients of their outputs are wanted too.
+
+    Cost: of a row-parallel layer, and of every layer with sequence parallelism, the inputs of all ranks are gathered.
+    """
+    ears: dict[int, tuple[AdaptedLayer, list[Ear]]] = {}
+    for target in targets:
+        assert isinstance(target.module, Ear)  # noqa: S101 - for the type checker
+        for layer in target.layers:
+            ears.setdefault(id(layer), (layer, []))[1].append(target.module)
+    around = _Around()
+    with ExitStack() as stack:
+        for layer, own in ears.values():
+            if not layer.adapter_enabled:
+                layer.enable_adapter_layers()
+                stack.callback(layer.disable_adapter_layers)
+            # In place of the method, for as long as this lasts.
+            vars(layer)["adapted"] = partial(_hear, layer.base, own, around, gradients)
+            stack.callback(vars(layer).pop, "adapted")
+        yield
+
+
+@dataclass
+class _Around:
+    """What is known of the layers around those that no ranks share."""
+
+    group: ProcessGroup | None = None
+    tokens: int = 0
+
+    def settled(self, base: ParallelBase, x: torch.Tensor) -> ParallelBase:
+        """The layer as it is here: a plain one between sequence-parallel ones has tokens in shards as they have."""
+        if base.sequence and base.split == "column":
+            self.group, self.tokens = base.group, x.shape[0] * base.size
+        apart = self.group is not None and base.group is None and base.split == "none" and not base.experts
+        if apart and x.dim() == _SEQUENCE_FIRST and x.shape[0] * size_of(self.group) == self.tokens:
+            return replace(base, group=self.group, sequence=True, returns_tuple=True)
+        return base
+
+
+def _hear(
+    base: ParallelBase,
+    ears: Sequence[Ear],
+    around: _Around,
+    gradients: bool,
+    output: torch.Tensor,
+    rows: torch.Tensor,
+    *args: Any,  # noqa: ANN401 - the layer's
+    **kwargs: Any,  # noqa: ANN401
+) -> torch.Tensor:
+    """What stands for `AdaptedLayer.adapted`: the base layer's output, which has been through the ears."""
+    counts = args[0] if args else kwargs.get("m_splits", kwargs.get("tokens_per_expert"))
+    base = around.settled(base, rows)
+    whole = whole_input(rows, base)
+    if not gradients:
+        if base.returns_tuple and whole.dim() == _SEQUENCE_FIRST:
+            whole = whole.transpose(0, 1)  # as masks are: (batch, tokens)
+        for ear, part in zip(ears, _parts(whole, counts, len(ears)), strict=True):
+            ear(part)
+        return output
+    outputs = _parts(whole_output(output, base), counts, len(ears))
+    parts = zip(ears, _parts(whole, counts, len(ears)), outputs, strict=True)
+    # The hooks change what they are given in place.
+    heard = [ear(part, made.clone()) for ear, part, made in parts]
+    return own_output(heard[0] if len(heard) == 1 else torch.cat(heard), base)
+
+
+def _parts(rows: torch.Tensor, counts: Any, ears: int) -> Sequence[torch.Tensor]:  # noqa: ANN401 - the layer's argument
+    """Of several experts, the rows of each."""
+    if ears == 1:
+        return (rows,)
+    sizes = [int(count) for count in counts]
+    return torch.split(rows, sizes)
+
+
+def whole_input(x: torch.Tensor, base: ParallelBase) -> torch.Tensor:
+    """All features of all tokens of a layer's input; collective over the group, without gradient."""
+    if base.split == "row":
+        return x if base.whole_input else gathered(x, -1, base.group)
+    return gathered(x, base.token_dim, base.group) if base.sequence else x
+
+
+def whole_output(y: torch.Tensor, base: ParallelBase) -> torch.Tensor:
+    """All features of all tokens of a layer's output, or what has the gradient of that; collective over the group."""
+    if base.size == 1:
+        return y
+    if base.split == "column" and not base.whole_output:
+        joined = gather(y, -1, base.group, gradient="slice").chunk(base.size, -1)
+        return join_rows(joined, gated=base.gated, dim=-1)
+    if base.split != "column" and base.sequence:
+        return gather(y, base.token_dim, base.group, gradient="slice")
+    return y
+
+
+def own_output(y: torch.Tensor, base: ParallelBase) -> torch.Tensor:
+    """The inverse of `whole_output`, whose gradient is gathered."""
+    if base.size == 1:
+        return y
+    if base.split == "column" and not base.whole_output:
+        parts = [shard_rows(y, rank, base.size, gated=base.gated, dim=-1) for rank in range(base.size)]
+        return shard(torch.cat(parts, -1), -1, base.group)
+    if base.split != "column" and base.sequence:
+        return shard(y, base.token_dim, base.group)
+    return y

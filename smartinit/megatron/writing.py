@@ -1,0 +1,189 @@
+"""Write a start into the adapters beside parallel layers, and take it out of their base weights again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from smartinit.adapters.parallel.decomposed import DecomposedLayer
+from smartinit.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from smartinit.adapters.parallel.adapter import LowRankAdapter, Side
+    from smartinit.adapters.parallel.layer import AdaptedLayer
+    from smartinit.factors import Effect, Factors, Trains
+    from smartinit.megatron.sharded_target import ShardedTarget
+
+_PART = "given_up"
+_CHANGING = ("splits", "quantises")
+
+
+class GivenUp(nn.Module):
+    """What a base weight gave up to its adapter's start: this rank's shards, rounding included. In no state dict.
+
+    Args:
+        a: of ``A₀``.
+        b: of ``B₀``.
+        scaling: ``s₀``.
+        effect: ``"splits"``: the weight is the original without ``s₀·B₀ A₀``; ``"quantises"``: something else.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+    def __init__(self, a: torch.Tensor, b: torch.Tensor, scaling: float, effect: Effect) -> None:
+        super().__init__()
+        self.register_buffer("a", a.clone(), persistent=False)
+        self.register_buffer("b", b.clone(), persistent=False)
+        self.scaling, self.effect = scaling, effect
+
+
+def check_unchanged(targets: Iterable[ShardedTarget]) -> None:
+    """Whether every base weight is the original one.
+
+    Raises:
+        ModelError: one has given up an earlier start.
+    """
+    for target in targets:
+        if given_up(target.layer, target.weight_name) is not None:
+            raise ModelError(
+                f"the weight of '{target.name}' has given up an earlier start, so it is not the original any more; "
+                "load the base model again, or give it back first (restore_base)"
+            )
+
+
+def check_restorable(targets: Iterable[ShardedTarget]) -> None:
+    """Whether base weights can be given back what they gave up.
+
+    Raises:
+        ModelError: a weight was quantised, and nobody has its original.
+    """
+    for target in targets:
+        start = given_up(target.layer, target.weight_name)
+        if start is not None and start.effect == "quantises":
+            raise ModelError(
+                f"the weight of '{target.name}' was quantised by its start, and the original is gone; load the base "
+                "model again"
+            )
+
+
+@torch.no_grad()
+def check_writable(targets: Sequence[ShardedTarget], factors: Mapping[str, Factors]) -> None:
+    """Whether everything can be written: so that nothing is, if something cannot.
+
+    Raises:
+        ModelError: a weight that must change cannot, or numbers that its dtype, or that of the factors, cannot hold.
+    """
+    for target in targets:
+        pair = factors[target.name]
+        a, b = rounded(target, pair)
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise ModelError(
+                f"the start of '{target.name}' holds numbers that {a.dtype} cannot; use a wider lora_dtype"
+            )
+        if pair.effect in _CHANGING:
+            changed = _changed(target, pair, a, b)
+            if not changed.isfinite().all():
+                raise ModelError(
+                    f"the base weight of '{target.name}' would not be finite in {changed.dtype} after its start"
+                )
+
+
+@torch.no_grad()
+def write(targets: Sequence[ShardedTarget], factors: Mapping[str, Factors]) -> None:
+    """Write every rank's shards: of A and B, and of what the base weight becomes, rounded once.
+
+    A split takes from the weight what the *rounded* factors give, so that both together are the original. Collective
+    beside weight-decomposed layers, whose magnitudes are set anew.
+
+    Args:
+        targets: the layers.
+        factors: by name, of whole layers.
+    """
+    for target in targets:
+        pair, adapter = factors[target.name], target.adapter
+        a, b = rounded(target, pair)
+        own = _own(target, a, "in"), _own(target, b, "out")
+        if pair.effect in _CHANGING:
+            target.changeable_weight().copy_(_changed(target, pair, a, b))
+            _notes(target.layer)[target.weight_name] = GivenUp(*own, adapter.scaling, pair.effect)
+        for factor, shard in zip((adapter.linear_in, adapter.linear_out), own, strict=True):
+            (factor.weight if target.expert is None else factor.weight[target.expert]).copy_(shard)
+        _set_trained(adapter, pair.trains)
+    _reset_magnitudes(targets)
+
+
+@torch.no_grad()
+def restore_base(targets: Sequence[ShardedTarget]) -> None:
+    """Give base weights back what splits took from them, to a rounding; adapters stay as they are. Collective."""
+    for target in targets:
+        if (start := given_up(target.layer, target.weight_name)) is None:
+            continue
+        stored = target.changeable_weight()
+        delta = target.delta(_joined(target, start.a, "in"), _joined(target, start.b, "out"), start.scaling)
+        stored.copy_(stored + delta)
+        del _notes(target.layer)[target.weight_name]
+    _reset_magnitudes(targets)
+
+
+def given_up(layer: AdaptedLayer, weight_name: str) -> GivenUp | None:
+    """What one of a layer's base weights gave up; None if it is the original."""
+    notes = layer._modules.get(_PART)  # noqa: SLF001
+    found = notes[weight_name] if isinstance(notes, nn.ModuleDict) and weight_name in notes else None
+    return found if isinstance(found, GivenUp) else None
+
+
+def rounded(target: ShardedTarget, pair: Factors) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole A and B as the adapter will hold them."""
+    like = target.adapter.linear_in.weight
+    return pair.a.to(like), pair.b.to(like)
+
+
+def _changed(target: ShardedTarget, pair: Factors, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of what the base weight becomes, in its dtype."""
+    stored = target.changeable_weight()
+    if pair.base is not None:
+        return target.own(pair.base).to(stored)
+    # In float32 at least; one rounding.
+    return (stored - target.delta(a, b, target.adapter.scaling).to(stored.device)).to(stored.dtype)
+
+
+def _own(target: ShardedTarget, whole: torch.Tensor, side: Side) -> torch.Tensor:
+    """This rank's shard of one pair's A or B."""
+    if target.expert is None:
+        return target.adapter.own(whole, side)
+    return target.adapter.own(whole.unsqueeze(0), side)[0]
+
+
+def _joined(target: ShardedTarget, shard: torch.Tensor, side: Side) -> torch.Tensor:
+    if target.expert is None:
+        return target.adapter.joined(shard, side)
+    return target.adapter.joined(shard.unsqueeze(0), side)[0]
+
+
+def _set_trained(adapter: LowRankAdapter, trains: Trains) -> None:
+    """Freeze the factor that the method does not train, if the adapter is trained at all."""
+    factors = adapter.linear_in, adapter.linear_out
+    training = any(factor.weight.requires_grad for factor in factors)
+    for factor, name in zip(factors, ("a", "b"), strict=True):
+        factor.trained = trains in ("both", name)
+        factor.weight.requires_grad_(training and factor.trained)
+
+
+def _reset_magnitudes(targets: Iterable[ShardedTarget]) -> None:
+    layers = {id(layer): layer for target in targets for layer in target.layers}
+    for layer in layers.values():
+        if isinstance(layer, DecomposedLayer):
+            layer.adapter.reset(layer.weights())
+
+
+def _notes(layer: AdaptedLayer) -> nn.ModuleDict:
+    notes = layer._modules.get(_PART)  # noqa: SLF001
+    if not isinstance(notes, nn.ModuleDict):
+        notes = nn.ModuleDict()
+        layer.add_module(_PART, notes)
+    return notes
