@@ -136,3 +136,41 @@ class TEGroupedMLP(_MLP):
     ) -> tuple[torch.Tensor, None]:
         """See `SequentialMLP.forward`."""
         return self.rows(permuted_local_hidden_states, permuted_probs, tokens_per_expert), None
+
+
+class TopKRouter(nn.Module):
+    """Chooses ``moe_router_topk`` experts for each token: ``(tokens..., hidden) -> (probabilities, chosen)``.
+
+    Args:
+        config: says ``num_moe_experts``, ``hidden_size``, ``moe_router_topk``; also ``sequence_parallel``, if tokens
+            are in shards.
+        tp_group: the tensor-parallel ranks, each with the whole weight.
+        generator: of the weight; in the same state on every rank.
+    """
+
+    def __init__(
+        self,
+        config: Any,  # noqa: ANN401 - Megatron's is a class of its own
+        *,
+        tp_group: ProcessGroup | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.tp_group, self.topk = config, tp_group, int(config.moe_router_topk)
+        weight = torch.empty(config.num_moe_experts, config.hidden_size)
+        self.weight = nn.Parameter(weight.normal_(0, config.hidden_size**-0.5, generator=generator))
+
+    def gating(self, x: torch.Tensor) -> torch.Tensor:
+        """The logits ``(..., experts)``."""
+        return functional.linear(x, self.weight)
+
+    def routing(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities ``(tokens, experts)``, 0 for experts that were not chosen, and which were."""
+        rows = logits.reshape(-1, logits.shape[-1])
+        top = rows.topk(self.topk)
+        probabilities = torch.zeros_like(rows).scatter(1, top.indices, top.values.softmax(-1))
+        return probabilities, torch.zeros_like(rows, dtype=torch.bool).scatter(1, top.indices, value=True)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `routing`."""
+        return self.routing(self.gating(x))

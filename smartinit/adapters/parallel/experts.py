@@ -108,7 +108,11 @@ class ExpertAdapter(LowRankAdapter):
         return (self.base.experts, *a), (self.base.experts, *b)
 
     def product(self, counts: torch.Tensor | Sequence[int] | None) -> Product:
-        """Each expert's rows by its own matrix.
+        """Each expert's rows by its own matrix, in a loop over the experts that have rows.
+
+        ``torch.nn.functional.grouped_mm`` was measured against it (64 experts of about 4 rows, float32, one CPU core,
+        forward and backward: 0.95 ms and 1.8 ms) and not taken: strides must be multiples of 16 bytes, gradients
+        included.
 
         Raises:
             ModelError: the rows of each expert are not known, or their number does not fit.
@@ -126,6 +130,8 @@ class ExpertAdapter(LowRankAdapter):
                     f"'{self.name}' has {len(matrices)} experts and {rows.shape[0]} rows, but was told of {sizes}"
                 )
             pairs = zip(rows.split(sizes), matrices, strict=True)
-            return torch.cat([functional.linear(part, matrix) for part, matrix in pairs])
+            # Without any rows one product is left: a rank without tokens still takes part in the backward pass.
+            busy = [(part, matrix) for part, matrix in pairs if len(part)] or [(rows, matrices[0])]
+            return torch.cat([functional.linear(part, matrix) for part, matrix in busy])
 
         return grouped
