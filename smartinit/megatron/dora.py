@@ -11,19 +11,20 @@ import torch
 from smartinit.adapters.parallel.base import describe
 from smartinit.adapters.parallel.decomposed import DecomposedAdapter, DecomposedExperts, DecomposedLayer
 from smartinit.adapters.parallel.experts import is_expert
-from smartinit.adapters.parallel.initial import INITIAL, fill
+from smartinit.adapters.parallel.initial import fill
 from smartinit.config import checks
 from smartinit.errors import ConfigError
-from smartinit.megatron.peft import PEFT
+from smartinit.megatron.startable import Startable
 
 if TYPE_CHECKING:
     from torch import nn
 
     from smartinit.megatron.walk import Place
+    from smartinit.methods.base import Method
 
 
 @dataclass
-class DoRA(PEFT):
+class DoRA(Startable):
     """Weight-decomposed adapters: the update turns the rows of ``W``, a magnitude m sets their length.
 
     ``h = m ⊙ (W + s·B A) x / ‖W + s·B A‖ + bias`` (eq. 5; norms by rows, without gradient, sec. 4.3). At the start m is
@@ -48,7 +49,7 @@ class DoRA(PEFT):
     alpha: float = 64
     dropout: float = 0.0
     dropout_position: str = "pre"
-    lora_A_init_method: str = "xavier"
+    lora_A_init_method: str | Method = "xavier"
     lora_B_init_method: str = "zero"
 
     def check(self) -> None:
@@ -66,8 +67,7 @@ class DoRA(PEFT):
                 "expected 'pre'; use LoRA for 'post'"
             )
         checks.number("dropout", self.dropout, "a probability below 1", 0, math.nextafter(1, 0))
-        checks.choice("lora_A_init_method", self.lora_A_init_method, INITIAL)
-        checks.choice("lora_B_init_method", self.lora_B_init_method, INITIAL)
+        self.check_starts(self.lora_B_init_method)
 
     def adapted(self, place: Place, pattern: str, *, seed: int, shared: dict[str, nn.Module]) -> nn.Module:
         """See `PEFT.adapted`."""
@@ -85,6 +85,6 @@ class DoRA(PEFT):
             name=place.name,
             expert=expert,
         )
-        methods = self.lora_A_init_method, self.lora_B_init_method
+        methods = self.a_initial, self.lora_B_init_method
         fill(adapter, *methods, seed=seed, name=place.whole_name, first_expert=place.first_expert)
         return DecomposedLayer(place.module, adapter, base, place.name)

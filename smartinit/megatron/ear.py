@@ -14,13 +14,12 @@ from smartinit.adapters.parallel.collectives import gather, gathered, shard, siz
 from smartinit.formats.rows import join_rows, shard_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from torch.distributed import ProcessGroup
 
     from smartinit.adapters.parallel.base import ParallelBase
     from smartinit.adapters.parallel.layer import AdaptedLayer
-    from smartinit.megatron.sharded_target import ShardedTarget
 
 _SEQUENCE_FIRST = 3  # dimensions of Megatron's activations: (tokens, batch, features)
 
@@ -34,23 +33,23 @@ class Ear(nn.Module):
 
 
 @contextmanager
-def listening(targets: Sequence[ShardedTarget], *, gradients: bool) -> Iterator[None]:
-    """Let the targets' modules hear what reaches their layers; the model computes what its base does meanwhile.
+def listening(ears: Iterable[tuple[Ear, Sequence[AdaptedLayer]]], *, gradients: bool) -> Iterator[None]:
+    """Let ears hear what reaches layers with adapters; the model computes what its base does meanwhile.
 
     Args:
-        targets: whose.
+        ears: each with its layers: one, or the same layer of several experts. Several ears at one layer have an expert
+            each.
         gradients: whether the gradients of their outputs are wanted too.
 
     Cost: of a row-parallel layer, and of every layer with sequence parallelism, the inputs of all ranks are gathered.
     """
-    ears: dict[int, tuple[AdaptedLayer, list[Ear]]] = {}
-    for target in targets:
-        assert isinstance(target.module, Ear)  # noqa: S101 - for the type checker
-        for layer in target.layers:
-            ears.setdefault(id(layer), (layer, []))[1].append(target.module)
+    at: dict[int, tuple[AdaptedLayer, list[Ear]]] = {}
+    for ear, layers in ears:
+        for layer in layers:
+            at.setdefault(id(layer), (layer, []))[1].append(ear)
     around = _Around()
     with ExitStack() as stack:
-        for layer, own in ears.values():
+        for layer, own in at.values():
             if not layer.adapter_enabled:
                 layer.enable_adapter_layers()
                 stack.callback(layer.disable_adapter_layers)

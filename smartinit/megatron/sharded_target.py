@@ -41,6 +41,12 @@ class ShardedTarget(Target):
     shared: bool = field(default=False, kw_only=True)
 
     @property
+    def ear(self) -> Ear:
+        """Its module, which hears what reaches the layers, see `smartinit.megatron.ear.listening`."""
+        assert isinstance(self.module, Ear)  # noqa: S101 - see `targets_of`
+        return self.module
+
+    @property
     def layer(self) -> AdaptedLayer:
         """The (first) layer."""
         return self.layers[0]

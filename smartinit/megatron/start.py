@@ -141,7 +141,8 @@ def compute_start(
         forward_fn = _to_the_end
     capture = {name: options.pop(name) for name in [*options] if name.startswith("prepare_")}
     settings = Options({"forward_fn": forward_fn, **capture}, planner="uniform", **options)
-    with listening(targets if method.needs else (), gradients=method.needs == "gradients"):
+    ears = [(target.ear, target.layers) for target in targets]
+    with listening(ears if method.needs else (), gradients=method.needs == "gradients"):
         return compute_jobs(model, [Job(method, request, targets)], dataloader, settings)[0]
 
 
