@@ -31,6 +31,7 @@ class AdaptedLayer(nn.Module):
 
     Attributes:
         merged: whether the adapter is in the base weight at present; it adds nothing then.
+        originals: what the base weights were on this rank before, by name, in the host's memory.
     """
 
     def __init__(self, to_wrap: nn.Module, adapter: nn.Module, base: ParallelBase, name: str = "") -> None:
@@ -38,6 +39,7 @@ class AdaptedLayer(nn.Module):
         self.to_wrap, self.adapter = to_wrap, adapter
         self.base, self.name = base, name
         self.merged = False
+        self.originals: dict[str, torch.Tensor] = {}
         self._adapter_enabled = True
         adapter.train(to_wrap.training)
         self.train(to_wrap.training)
@@ -65,7 +67,16 @@ class AdaptedLayer(nn.Module):
         self._adapter_enabled = True
 
     def disable_adapter_layers(self) -> None:
-        """Return what the base layer returns."""
+        """Return what the base layer returns.
+
+        Raises:
+            ModelError: the adapter is merged, so that the base layer returns something else.
+        """
+        if self.merged:
+            raise ModelError(
+                f"the adapter of '{self.name}' is merged into its base weight, so it cannot be switched off; take it "
+                "out first: LoRAMerge().unmerge(model)"
+            )
         self._adapter_enabled = False
 
     def get_base_layer(self) -> nn.Module:
