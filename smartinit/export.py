@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from smartinit.errors import ConfigError
+from smartinit.adapters.conversion import without_base_weights
+from smartinit.errors import ArtefactError, ConfigError
 from smartinit.formats.files import new_folder, write_file
 from smartinit.formats.kept_start import kept_start, owner_of
 from smartinit.formats.megatron import FUSES, LAYOUTS, megatron_adapter
@@ -166,13 +167,14 @@ def _check_direction(path: Path, to: str) -> None:
 def _to_megatron(
     path: Path, out: Path, said: dict[str, Any], options: dict[str, Any], size: int, *, force: bool
 ) -> Export:
-    stored = read_adapter(path)
+    stored = read_adapter(path, allow_others=True)
+    dropped = _require_no_others(stored)
     start, base = _start_of(path, stored)
     layers, stacks = stored_updates(stored)
     shape = decoder_shape(**said, base_model=base)
     made = megatron_adapter(layers, stacks, shape, **options)
     _check_ranks(made.config, made.tensors, shape, size)
-    notes = list(made.notes)
+    notes = [*made.notes, *dropped]
     config = {
         **made.config,
         "dropout": stored.config.lora_dropout,
@@ -250,6 +252,21 @@ def _start_of(path: Path, stored: StoredAdapter) -> tuple[Path | None, str | Non
     require_own_base(stored)
     kept = kept_start(stored)
     return (None if kept is None else kept.folder), named
+
+
+def _require_no_others(stored: StoredAdapter) -> list[str]:
+    """What to say of base weights that PEFT has saved along, which the model has itself.
+
+    Raises:
+        ArtefactError: there is something else than LoRA in the folder.
+    """
+    others, frozen = without_base_weights(stored)
+    for key in others:
+        raise ArtefactError(
+            f"'{stored.folder}' holds '{key}', which is no matrix of LoRA, and Megatron's adapters have nothing else; "
+            "train without modules_to_save, biases and trained tokens, or merge them into the base model"
+        )
+    return [f"left out: {', '.join(frozen)}, frozen in training and part of the base model"] if frozen else []
 
 
 def _keep_start(start: Path | None, folder: Path) -> None:

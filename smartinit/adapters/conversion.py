@@ -98,7 +98,7 @@ def convert(
         errors[name] = gap / norm if norm else 0.0
         missing += (scaling * gap) ** 2
         total += (scaling * norm) ** 2
-    others, dropped = _without_base_weights(trained)
+    others, dropped = without_base_weights(trained)
     return Conversion(
         Plan(ranks, alphas, trained.config.use_rslora),
         factors,
@@ -160,6 +160,28 @@ def doubled_config(config: LoraConfig) -> LoraConfig:
 def scaling_for(config: LoraConfig, name: str, rank: int) -> float:
     """The factor ``s`` that a configuration gives to a module whose adapter has this rank."""
     return alpha_for(config, name) / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def without_base_weights(trained: StoredAdapter) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """What an adapter has besides its matrices, and the keys of frozen base weights among that, which are left out.
+
+    PEFT saves the frozen weights of embeddings that it adapts: of the residual base, which must not be loaded.
+
+    A weight that is tied to such an embedding goes with it.
+    """
+    adapted = {
+        key: tensor
+        for key, tensor in trained.others.items()
+        if key.endswith(_BASE_WEIGHT) and _bare(key).removesuffix(_BASE_WEIGHT) in trained.factors
+    }
+    dropped = {
+        key
+        for key, tensor in trained.others.items()
+        if key in adapted
+        or (key.endswith(".weight") and any(torch.equal(tensor, weight) for weight in adapted.values()))
+    }
+    kept = {key: tensor for key, tensor in trained.others.items() if key not in dropped}
+    return kept, tuple(sorted(dropped))
 
 
 def _check_layers(trained: StoredAdapter, start: Start) -> None:
@@ -224,26 +246,6 @@ def _stored_dtype(pair: Factors, start: Start, name: str) -> torch.dtype:
 def _same(pair: Factors, other: Factors) -> bool:
     """Whether nothing was lost: the same rank, and every value survived its rounding."""
     return pair.rank == other.rank and bool((pair.a == other.a).all()) and bool((pair.b == other.b).all())
-
-
-def _without_base_weights(trained: StoredAdapter) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """PEFT saves the frozen weights of embeddings that it adapts: of the residual base, which must not be loaded.
-
-    A weight that is tied to such an embedding goes with it.
-    """
-    adapted = {
-        key: tensor
-        for key, tensor in trained.others.items()
-        if key.endswith(_BASE_WEIGHT) and _bare(key).removesuffix(_BASE_WEIGHT) in trained.factors
-    }
-    dropped = {
-        key
-        for key, tensor in trained.others.items()
-        if key in adapted
-        or (key.endswith(".weight") and any(torch.equal(tensor, weight) for weight in adapted.values()))
-    }
-    kept = {key: tensor for key, tensor in trained.others.items() if key not in dropped}
-    return kept, tuple(sorted(dropped))
 
 
 def _is_copy_of_base(key: str, tensors: Mapping[str, torch.Tensor]) -> bool:
