@@ -225,6 +225,7 @@ def overlapped() -> dict[str, torch.Tensor]:
     mlp = nn.ModuleDict({"shared_experts": nn.ModuleDict({"linear_fc1": fc1, "linear_fc2": fc2})})
     shared = LoRA(["linear_fc1", "linear_fc2"], dim=RANK)(nn.ModuleDict({"mlp": mlp}))["mlp"]["shared_experts"]
     for name in LAYERS:
+        assert (shared[name].base.partial, shared[name].base.sequence) == (True, False)
         shared[name].adapter.set_whole(*factors_of(name, 0, True))
     x = shard_rows(numbers(TOKENS, HIDDEN, seed=1), rank, size).clone().requires_grad_()
     gate, up = shared["linear_fc1"](gather(x, 0, group, gradient="sum"))[0].chunk(2, -1)
