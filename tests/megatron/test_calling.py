@@ -252,6 +252,10 @@ def test_what_is_saved() -> None:
     lora.set_params_to_save([model])
     assert "module.norm.weight" in lora.params_to_save
     assert not lora.adapter_key_filter(f"module.{PATHS[2].format(0)}.weight")
+    layer = model.module.decoder.layers[0].mlp["linear_fc1"]
+    layer.bias.requires_grad_(True)
+    lora.set_params_to_save(model)
+    assert lora.adapter_key_filter(f"module.{PATHS[2].format(0)}.bias"), "under its name in the state dict"
     assert lora.adapter_key_filter("decoder.adapters")
     assert not lora.adapter_key_filter("decoder.adapterless.weight")
     for name, parameter in model.named_parameters():
