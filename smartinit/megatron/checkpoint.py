@@ -144,6 +144,8 @@ def _kind(model: Model, peft: PEFT | None) -> str:
     kinds = {_kind_of(layer.adapter) for _, layer in adapted_layers(model)}
     if not kinds:
         return ""
+    if kinds == {"lora", "canonical_lora"} or (kinds == {"lora"} and type(peft).__name__ == "CanonicalLoRA"):
+        kinds = {"canonical_lora"}  # whose layers that are not fused have plain adapters
     if peft is not None:
         named = next((_TYPES[kind.__name__] for kind in type(peft).__mro__ if kind.__name__ in _TYPES), None)
         if named is None or kinds != {named}:

@@ -14,10 +14,12 @@ from torch import nn
 from smartinit.adapters.parallel.layer import AdaptedLayer
 from smartinit.errors import ConfigError
 from smartinit.formats.rows import join_rows, shard_rows
-from smartinit.megatron import CanonicalLoRA
+from smartinit.megatron import CanonicalLoRA, load_adapter, save_adapter
 from smartinit.megatron.stand_ins import ColumnParallelLinear
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ranks import Ranks
 
 HEADS, GROUPS, WIDTH, IN, RANK, SCALING = 8, 4, 3, 10, 8, 4.0
@@ -276,3 +278,64 @@ def test_four_ranks_have_whole_groups_and_the_start_of_one(four_ranks: Ranks) ->
         assert "2 query groups of 'linear_qkv' cannot be shared evenly by 4 tensor-parallel ranks" in said
     for found in four_ranks.run(start):
         torch.testing.assert_close(found, start(), rtol=0, atol=0)
+
+
+def grouped_experts(size: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Output of the first layer of two experts in one module, of which only the gate has adapters."""
+    group = dist.group.WORLD if size > 1 else None
+    config = SimpleNamespace(gated_linear_unit=True)
+    generator = torch.Generator().manual_seed(5)
+    base = ColumnParallelLinear(
+        IN, 24, tp_group=group, config=config, generator=generator, num_gemms=2, is_expert=True, bias=False
+    )
+    model = nn.Module()
+    model.mlp = nn.Module()
+    model.mlp.experts = nn.ModuleDict({"linear_fc1": base})
+    layer = CanonicalLoRA(["linear_fc1_gate"], dim=RANK)(model).mlp.experts["linear_fc1"]
+    a, b = factors("gate")
+    layer.adapter["adapter_gate"].set_whole(torch.stack([a, a + 1]), torch.stack([b, b - 1]))
+    y = layer(inputs("linear_fc1", 5)[0][:, 0], [2, 3])[0]
+    return y.detach(), [base.weight0.detach(), base.weight1.detach()]
+
+
+def test_each_expert_of_a_grouped_layer_has_its_own_adapters(two_ranks: Ranks) -> None:
+    y, weights = grouped_experts(1)
+    a, b = factors("gate")
+    x = inputs("linear_fc1", 5)[0][:, 0].split([2, 3])
+    expected = []
+    for i, w in enumerate(weights):
+        update = (b - i) @ (a + i) * 32 / RANK
+        expected.append(x[i] @ (w + torch.cat([update, torch.zeros_like(update)])).T)
+    torch.testing.assert_close(y, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    shards = [found[0] for found in two_ranks.run(grouped_experts, 2)]
+    torch.testing.assert_close(join_rows(shards, gated=True, dim=-1), y, rtol=1e-4, atol=1e-4)
+
+
+def saved(folder: str) -> None:
+    group = dist.group.WORLD if dist.is_initialized() else None
+    model = nn.ModuleDict(
+        {
+            "linear_qkv": ColumnParallelLinear(IN, ROWS["linear_qkv"], tp_group=group),
+            "linear_fc1": ColumnParallelLinear(IN, ROWS["linear_fc1"], tp_group=group, config=CONFIG),
+            "linear_fc2": nn.Linear(12, IN),
+        }
+    )
+    model["linear_qkv"].config = CONFIG
+    canonical = CanonicalLoRA(dim=RANK, alpha=8, target_modules=["linear_q", "linear_v", "linear_fc1_up", "linear_fc2"])
+    canonical(model)
+    for part, layer in (("q", "linear_qkv"), ("v", "linear_qkv"), ("up", "linear_fc1")):
+        model[layer].adapter[f"adapter_{part}"].set_whole(*factors(part))
+    if group is not None:
+        save_adapter(model, folder, canonical)
+        return
+    for part, layer in (("q", "linear_qkv"), ("v", "linear_qkv"), ("up", "linear_fc1")):
+        model[layer].adapter[f"adapter_{part}"].set_whole(*(torch.zeros_like(t) for t in factors(part)))
+    load_adapter(model, folder)
+    for part, layer in (("q", "linear_qkv"), ("v", "linear_qkv"), ("up", "linear_fc1")):
+        found = model[layer].adapter[f"adapter_{part}"].whole()
+        torch.testing.assert_close(found, factors(part), rtol=0, atol=0)
+
+
+def test_what_two_ranks_save_one_process_loads(two_ranks: Ranks, tmp_path: Path) -> None:
+    two_ranks.run(saved, str(tmp_path / "adapter"))
+    saved(str(tmp_path / "adapter"))
