@@ -15,11 +15,21 @@ from smartinit.adapters.conversion import Conversion, convert
 from smartinit.errors import ConfigError, ModelError, UnknownNameError
 from smartinit.formats.card import converted_card
 from smartinit.formats.files import new_folder, write_file
+from smartinit.formats.megatron_folder import MARKER, ShardedFolder
 from smartinit.formats.patterns import compact_patterns
-from smartinit.formats.peft import CONFIG_FILE, TENSOR_FILE, read_adapter, read_file, read_object, write_files
+from smartinit.formats.peft import (
+    CONFIG_FILE,
+    TENSOR_FILE,
+    adapter_config,
+    read_adapter,
+    read_file,
+    read_object,
+    write_files,
+)
 from smartinit.formats.record import START_FOLDER
 from smartinit.formats.start import read_start
 from smartinit.formats.tensors import stored_tensors
+from smartinit.megatron_reading import known_shape, read_megatron_start, read_megatron_trained, start_in
 from smartinit.targets.sharing import users_of_weights
 from smartinit.targets.weight import Target
 
@@ -30,6 +40,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from smartinit.artefact import Artefact
+    from smartinit.formats.peft import StoredAdapter
     from smartinit.formats.start import Start
 
 __all__ = ["Conversion", "convert_adapter", "residual_weights", "save_residual_model"]
@@ -55,6 +66,7 @@ def convert_adapter(
     rank: int | None = None,
     dtype: torch.dtype | None = None,
     force: bool = False,
+    model: str | os.PathLike[str] | None = None,
 ) -> Conversion:
     """Write what was trained from a split start as plain LoRA for the unmodified base model.
 
@@ -62,13 +74,14 @@ def convert_adapter(
     costs. modules_to_save, biases, DoRA's magnitudes, embeddings and trained tokens come along.
 
     Args:
-        trained_folder: the adapter after training, in PEFT's format.
-        start_folder: the artefact's folder, or an adapter that PEFT has saved before training; None: the start that
-            the trained folder itself keeps.
+        trained_folder: the adapter after training, in PEFT's format or in Megatron's.
+        start_folder: the artefact's folder, or an adapter that PEFT has saved before training, or what
+            `smartinit.export.export_adapter` has made of one; None: the start that the trained folder itself keeps.
         out_folder: where to.
         rank: at most this rank per layer, by truncated SVD; None: twice the rank, exactly.
         dtype: of the matrices; None: the wider of the two that come in.
         force: replace an existing adapter folder.
+        model: the base model's folder or name, for the heads in Megatron's fused layers, where neither folder has them.
 
     Returns:
         The conversion, with its relative error per layer and over all.
@@ -82,19 +95,11 @@ def convert_adapter(
 
     Cost: O((in + out)·r²) per layer; no matrix of a layer's size is formed.
     """
-    trained = read_adapter(trained_folder, allow_others=True)
-    if start_folder is None and not (trained.folder / START_FOLDER).is_dir():
-        raise ConfigError(
-            f"'{trained.folder}' keeps no start of its own; name the folder that the training began with as start"
-        )
-    if (trained.folder / REPORT_FILE).is_file():
-        raise ConfigError(f"'{trained.folder}' was converted already ({REPORT_FILE} says so); use it as it is")
-    start = read_start(trained.folder if start_folder is None else start_folder)
-    conversion = convert(trained, start, rank=rank, dtype=dtype)
+    trained, start, told = _read(trained_folder, start_folder, model)
+    conversion = convert(trained, start, rank=rank, dtype=dtype, fused=told is None)
     tensors: dict[str, torch.Tensor] = dict(conversion.others)
     tensors |= stored_tensors(conversion.factors, dtype=None, forms=trained.forms)
-    config_file = trained.folder / CONFIG_FILE
-    config = _plain_config(read_object(config_file, read_file(config_file)), conversion)
+    config = _plain_config(told or adapter_config(trained.config, conversion.plan), conversion)
     base_model = start.base_model or trained.config.base_model_name_or_path
     config["base_model_name_or_path"] = base_model
     with new_folder(out_folder, force=force, marker=CONFIG_FILE) as unfinished:
@@ -103,6 +108,35 @@ def convert_adapter(
         card = converted_card(conversion.plan, base_model=base_model, error=conversion.error)
         write_file(unfinished / CARD_FILE, card.encode())
     return conversion
+
+
+def _read(
+    trained_folder: str | os.PathLike[str],
+    start_folder: str | os.PathLike[str] | None,
+    model: str | os.PathLike[str] | None,
+) -> tuple[StoredAdapter, Start, dict[str, object] | None]:
+    """What was trained, its start, and the configuration in the trained folder, if that is PEFT's."""
+    path = Path(trained_folder)
+    megatron = (path / MARKER).is_file()
+    none_kept = f"'{path}' keeps no start of its own; name the folder that the training began with as start"
+    if megatron:
+        where = path if start_folder is None else Path(start_folder)
+        if start_folder is None and start_in(path) is None:
+            raise ConfigError(none_kept)
+        is_megatron = (where / MARKER).is_file()
+        start = read_megatron_start(where) if is_megatron else read_start(where)
+        shape = known_shape(ShardedFolder.open(where)) if is_megatron else None
+        trained, start = read_megatron_trained(path, start, model=model, shape=shape)
+        return trained, start, None
+    trained = read_adapter(path, allow_others=True)
+    if start_folder is None and not (path / START_FOLDER).is_dir():
+        raise ConfigError(none_kept)
+    if (path / REPORT_FILE).is_file():
+        raise ConfigError(f"'{path}' was converted already ({REPORT_FILE} says so); use it as it is")
+    where = path if start_folder is None else Path(start_folder)
+    start = read_megatron_start(where) if (where / MARKER).is_file() else read_start(where)
+    config_file = path / CONFIG_FILE
+    return trained, start, read_object(config_file, read_file(config_file))
 
 
 def residual_weights(
@@ -206,7 +240,7 @@ def _with_own_weight(target: Target) -> Target:
     return Target.of(module, target.name)
 
 
-def _plain_config(trained: dict[str, object], conversion: Conversion) -> dict[str, object]:
+def _plain_config(trained: Mapping[str, object], conversion: Conversion) -> dict[str, object]:
     """The trained configuration with the new ranks; names that select its targets select them still."""
     patterns = compact_patterns(conversion.plan)
     return {
@@ -226,6 +260,15 @@ def _report(conversion: Conversion, trained: Path, start: Start) -> str:
         "ranks": dict(conversion.plan.ranks),
         "dropped": list(conversion.dropped),
         "start_split": start.splits,
-        "trained_sha256": hashlib.sha256(read_file(trained / TENSOR_FILE)).hexdigest(),
+        "trained_sha256": _digest(trained),
     }
     return json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
+
+
+def _digest(folder: Path) -> str:
+    """Of the tensors of an adapter folder, of Megatron's in all of its files."""
+    files = sorted(folder.glob("shard-*.safetensors")) if (folder / MARKER).is_file() else [folder / TENSOR_FILE]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(read_file(file))
+    return digest.hexdigest()

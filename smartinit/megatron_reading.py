@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from smartinit.config import LoraConfig
@@ -9,12 +10,13 @@ from smartinit.errors import ArtefactError, VerificationError
 from smartinit.factors import Factors
 from smartinit.formats.megatron_experts import parameter_matrices
 from smartinit.formats.megatron_folder import MARKER, ShardedFolder
-from smartinit.formats.megatron_names import Spelling
+from smartinit.formats.megatron_names import Spelling, spelling_of, to_megatron
 from smartinit.formats.megatron_shape import shape_of
 from smartinit.formats.megatron_to_peft import peft_adapter
 from smartinit.formats.peft import CONFIG_FILE, TENSOR_FILE, StoredAdapter
 from smartinit.formats.record import START_FOLDER
 from smartinit.formats.stamp import file_digest
+from smartinit.formats.start import as_start, read_start
 from smartinit.formats.tensors import Form
 from smartinit.model_shape import decoder_shape
 from smartinit.planning.plan import Plan
@@ -25,8 +27,10 @@ if TYPE_CHECKING:
 
     import torch
 
+    from smartinit.factors import Effect
     from smartinit.formats.megatron_shape import DecoderShape
     from smartinit.formats.megatron_to_peft import PeftAdapter
+    from smartinit.formats.start import Start
 
 START_FILES = (CONFIG_FILE, TENSOR_FILE)
 
@@ -54,6 +58,54 @@ def read_megatron(
     made = peft_adapter(tensors_of(stored), stored.config, known, spelling or spelling_in(stored))
     config, _, factors, _ = as_peft(stored, made)
     return StoredAdapter(stored.path, config, factors, {name: Form() for name in factors})
+
+
+def read_megatron_start(folder: str | os.PathLike[str]) -> Start:
+    """What the base gave up for a Megatron folder before its training.
+
+    One that `smartinit.export.export_adapter` has written says so. Of any other the base is taken to have given up
+    ``s·B A`` if that is not zero, as of PEFT's folders.
+
+    Raises:
+        ArtefactError: it is no such folder, or its start is lost.
+        VerificationError: the start is another one.
+        ConfigError: the shape of the model is needed and not known.
+    """
+    stored = ShardedFolder.open(folder)
+    kept = start_in(stored.path)
+    if kept is not None:
+        return replace(read_start(kept), base_model=base_model(stored))
+    adapter = read_megatron(folder)
+    effect: Effect = "keeps" if "start" in stored.config else "splits"
+    start = as_start(adapter)
+    return replace(start, effects=dict.fromkeys(adapter.factors, effect), base_model=base_model(stored))
+
+
+def read_megatron_trained(
+    folder: str | os.PathLike[str], start: Start, *, model: str | os.PathLike[str] | None, shape: DecoderShape | None
+) -> tuple[StoredAdapter, Start]:
+    """A trained Megatron folder in the names of its start; and that start, which knows of all of its layers.
+
+    A fused layer trains projections that had no adapter at the start: their base has given nothing up.
+
+    Args:
+        folder: with ``megatron_adapter.json``.
+        start: what the training began with.
+        model: see `read_megatron`.
+        shape: of the model, if the start's folder knows it and this one does not.
+
+    Raises:
+        As `read_megatron`.
+    """
+    stored = ShardedFolder.open(folder)
+    known = decoder_shape(model, known=known_shape(stored) or shape, base_model=base_model(stored) or start.base_model)
+    trained = read_megatron(folder, spelling=spelling_of(start.effects), shape=known)
+    places = {to_megatron(name, gated=known.gated).module for name in start.effects}
+    effects = dict(start.effects)
+    for name in trained.factors:
+        if name not in effects and to_megatron(name, gated=known.gated).module in places:
+            effects[name] = "keeps"
+    return trained, replace(start, effects=effects)
 
 
 def start_in(folder: Path) -> Path | None:

@@ -365,7 +365,7 @@ def test_where_the_shape_comes_from(case: Callable[..., Case], tmp_path: Path, m
     with pytest.raises(ModelError, match="is not JSON"):
         written("nowhere", model=one.model_folder)
     (one.model_folder / "config.json").unlink()
-    with pytest.raises(ModelError, match="has no config.json"):
+    with pytest.raises(ModelError, match=r"has no config\.json"):
         written("nowhere", model=one.model_folder)
     assert not (tmp_path / "nowhere").exists()
 

@@ -49,7 +49,12 @@ class Conversion:
 
 
 def convert(
-    trained: StoredAdapter, start: Start, *, rank: int | None = None, dtype: torch.dtype | None = None
+    trained: StoredAdapter,
+    start: Start,
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
+    fused: bool = False,
 ) -> Conversion:
     """``s·B A - s₀·B₀ A₀`` of every layer as one pair of factors; everything else that was trained stays as it is.
 
@@ -61,6 +66,7 @@ def convert(
         start: what it began with.
         rank: recompress every layer to at most this rank, with the error in the result; None keeps it exact.
         dtype: of the matrices; None: the wider of the two that come in.
+        fused: it was trained in layers that are several of the start's, which gives them a larger rank.
 
     Raises:
         ArtefactError: the two are for different models or layers.
@@ -75,7 +81,7 @@ def convert(
         raise ConfigError(
             f"'{trained.folder}' adapts bare parameters (target_parameters), whose factors cannot be converted yet"
         )
-    _check_layers(trained, start)
+    _check_layers(trained, start, fused=fused)
     ranks, alphas, errors, factors = {}, {}, {}, {}
     missing = total = 0.0
     for name, pair in trained.factors.items():
@@ -184,7 +190,7 @@ def without_base_weights(trained: StoredAdapter) -> tuple[dict[str, torch.Tensor
     return kept, tuple(sorted(dropped))
 
 
-def _check_layers(trained: StoredAdapter, start: Start) -> None:
+def _check_layers(trained: StoredAdapter, start: Start, *, fused: bool) -> None:
     quantised = next((name for name, effect in start.effects.items() if effect == "quantises"), None)
     if quantised is not None:
         raise ConfigError(
@@ -208,7 +214,7 @@ def _check_layers(trained: StoredAdapter, start: Start) -> None:
         _require_finite(first, start, name)
         ours, theirs = ((p.b.shape[0], p.a.shape[1]) for p in (pair, first))
         same_form = trained.forms.get(name) == start.forms.get(name)
-        if pair.rank == 2 * first.rank:
+        if pair.rank == 2 * first.rank and not fused:
             raise ArtefactError(
                 f"'{trained.folder}' has twice the rank of '{start.folder}' in layer '{name}': it is plain LoRA for "
                 "the unmodified base already (doubled, converted, or saved from an offset); use it as it is"

@@ -20,21 +20,32 @@ _SHOWN_EXACT = 1e-12
 @click.command("convert")
 @click.argument("trained", type=click.Path(path_type=Path))
 @click.option("--start", type=click.Path(path_type=Path), help="Where training began, unless TRAINED keeps it.")
+@click.option("--model", metavar="DIR_OR_ID", help="Base model, where a Megatron folder does not say its heads.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--rank", type=click.IntRange(min=1), help="Cut to this rank, and show the error.")
 @click.option("--force", is_flag=True, help="Replace an existing adapter folder.")
 @output_options(quiet=False)
-def command(trained: Path, *, start: Path | None, out: Path, rank: int | None, force: bool, as_json: bool) -> None:
+def command(
+    trained: Path,
+    *,
+    start: Path | None,
+    model: str | None,
+    out: Path,
+    rank: int | None,
+    force: bool,
+    as_json: bool,
+) -> None:
     """Turn an adapter that was trained from a split (pissa, olora, corda …) into plain LoRA.
 
     Such a start takes its product out of the base model. The result needs no changed base: it has twice the rank, or
-    the rank that you give, and computes the same on the base model as it was.
+    the rank that you give, and computes the same on the base model as it was. TRAINED and START may be adapter folders
+    of PEFT or of Megatron.
     """
     from smartinit.convert import convert_adapter
 
     output = Output(as_json=as_json)
     with output.work():
-        conversion = convert_adapter(trained, start, out, rank=rank, force=force)
+        conversion = convert_adapter(trained, start, out, rank=rank, force=force, model=model)
     document = _describe(conversion, trained, start, out)
     output.result(document, _render(document))
 
