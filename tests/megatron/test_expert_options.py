@@ -17,7 +17,10 @@ from mixture import (
     RANK,
     config,
     experts_model,
+    factors_of,
     grid,
+    numbers,
+    weight_of,
 )
 from torch import nn
 
@@ -237,3 +240,36 @@ def test_layers_of_transformer_engine_that_know_nothing_of_their_ranks_are_whole
         assert not row.gated
         for base in (column, row):
             assert (base.partial, base.sequence, base.experts) == (True, False, 2)
+
+
+def without_its_group() -> str:
+    model = experts_model("grouped", 1, 2)
+    layer = model["mlp"]["experts"].linear_fc2
+    layer.tp_group = None
+    with pytest.raises(ConfigError) as caught:
+        LoRA(["linear_fc2"], dim=RANK)(model)
+    return str(caught.value)
+
+
+def test_a_missing_expert_tensor_group_is_refused(two_ranks: Ranks) -> None:
+    for text in two_ranks.run(without_its_group):
+        assert "one of 2 shards, but the layer has no tensor-parallel group" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_factors_may_have_another_dtype_than_the_experts(dtype: torch.dtype) -> None:
+    model = experts_model("grouped", 1, 1).to(torch.bfloat16)
+    lora = LoRA(["linear_fc1"], dim=RANK, share_expert_adapters=False, lora_dtype=dtype)
+    experts = lora(model)["mlp"]["experts"]
+    a, b = zip(*(factors_of("linear_fc1", i, False) for i in range(EXPERTS)), strict=True)
+    experts.linear_fc1.adapter.set_whole(torch.stack(a), torch.stack(b))
+    assert experts.linear_fc1.adapter.linear_in.weight.dtype == dtype
+    x, counts = numbers(6, HIDDEN, seed=1), [1, 0, 3, 2]
+    y, _ = experts.linear_fc1(x.bfloat16(), counts)
+    assert y.dtype == torch.bfloat16
+    of = [e for e, count in enumerate(counts) for _ in range(count)]
+    for e, row, found in zip(of, x, y.double(), strict=True):
+        expected = (weight_of("linear_fc1", e) + 32 / RANK * b[e] @ a[e]) @ row
+        # Six roundings (x, W, A, z, B, y) to 8 bits, each of numbers that are at most what the absolute values make.
+        largest = (weight_of("linear_fc1", e).abs() + 32 / RANK * b[e].abs() @ a[e].abs()) @ row.abs()
+        assert ((found - expected).abs() <= 6 * 2**-8 * largest).all()
