@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from smartinit.config import CordaConfig, EvaConfig, LoftQConfig, LoraConfig, LoraGAConfig
     from smartinit.convert import convert_adapter, save_residual_model
     from smartinit.eva import get_eva_state_dict, initialize_lora_eva_weights
+    from smartinit.export import export_adapter
     from smartinit.factors import Factors
     from smartinit.pipeline import compute, compute_many
     from smartinit.planning.plan import Plan
@@ -48,6 +49,7 @@ __all__ = [
     "compute_many",
     "convert_adapter",
     "errors",
+    "export_adapter",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
     "replace_lora_weights_loftq",
@@ -71,6 +73,7 @@ _MODULE_OF = {
     "compute": "smartinit.pipeline",
     "compute_many": "smartinit.pipeline",
     "convert_adapter": "smartinit.convert",
+    "export_adapter": "smartinit.export",
     "get_eva_state_dict": "smartinit.eva",
     "initialize_lora_eva_weights": "smartinit.eva",
     "replace_lora_weights_loftq": "smartinit.quantised",

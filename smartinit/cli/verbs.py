@@ -28,6 +28,7 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
         "plan": Verb("smartinit.cli.plan", "Say what compute would do, without weights or data in memory."),
         "inspect": Verb("smartinit.cli.inspect", "Show what an adapter folder holds."),
         "convert": Verb("smartinit.cli.convert", "Turn a trained split into plain LoRA for the unmodified base."),
+        "export": Verb("smartinit.cli.export", "Write an adapter for Megatron, or one of Megatron for PEFT."),
         "doctor": Verb("smartinit.cli.doctor", "Show the environment, or verify an adapter by recomputing it."),
         "demo": Verb("smartinit.cli.demo", "Run the main job on the embedded model and data."),
     }
