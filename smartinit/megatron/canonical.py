@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from smartinit.adapters.parallel.base import describe
-from smartinit.adapters.parallel.experts import is_expert
+from smartinit.adapters.parallel.experts import check_expert_group, is_expert
 from smartinit.adapters.parallel.initial import fill
 from smartinit.adapters.parallel.split import SplitAdapter, SplitLayer, attention_rows, gated_rows, part_of
 from smartinit.errors import ConfigError
@@ -104,6 +104,8 @@ class CanonicalLoRA(PEFT):
         if rows is None:
             return plain.adapted(place, pattern, seed=seed, shared=shared)
         expert = is_expert(place.name, place.module)
+        if expert:
+            check_expert_group(place.module, place.name, place.ep_group)
         base = describe(place.module, place.name, expert=expert)
         adapters = {}
         for part in rows.parts:

@@ -10,7 +10,7 @@ import torch
 
 from smartinit.adapters.parallel.base import describe
 from smartinit.adapters.parallel.decomposed import DecomposedAdapter, DecomposedExperts, DecomposedLayer
-from smartinit.adapters.parallel.experts import is_expert
+from smartinit.adapters.parallel.experts import check_expert_group, is_expert
 from smartinit.adapters.parallel.initial import fill
 from smartinit.config import checks
 from smartinit.errors import ConfigError
@@ -73,6 +73,8 @@ class DoRA(Startable):
         """See `PEFT.adapted`."""
         del pattern, shared  # no magnitude fits two weights
         expert = is_expert(place.name, place.module)
+        if expert:
+            check_expert_group(place.module, place.name, place.ep_group)
         base = describe(place.module, place.name, expert=expert)
         weight = next(t for t in (*place.module.parameters(), *place.module.buffers()))
         adapter = (DecomposedExperts if base.experts else DecomposedAdapter)(

@@ -26,7 +26,7 @@ from torch import nn
 
 from smartinit.adapters.parallel.base import describe
 from smartinit.errors import ConfigError, ModelError, TargetError
-from smartinit.megatron import LoRA
+from smartinit.megatron import CanonicalLoRA, DoRA, LoRA
 from smartinit.megatron.stand_ins import ColumnParallelLinear
 
 if TYPE_CHECKING:
@@ -125,12 +125,14 @@ def test_a_rank_that_cannot_be_divided_is_refused(two_ranks: Ranks) -> None:
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_a_wrong_or_missing_expert_parallel_group_is_refused(kind: str) -> None:
+@pytest.mark.parametrize("peft", [LoRA, DoRA, CanonicalLoRA])
+def test_a_wrong_or_missing_expert_parallel_group_is_refused(peft: type[LoRA], kind: str) -> None:
+    target = "linear_fc1_up" if peft is CanonicalLoRA else "linear_fc1"
     model = experts_model(kind, 1, 1, expert_model_parallel_size=2)
     with pytest.raises(ConfigError, match=r"expert_model_parallel_size=2, but .* no expert-parallel group"):
-        LoRA(["linear_fc1"], dim=RANK)(model)
+        peft([target], dim=RANK)(model)
     right = experts_model(kind, 1, 1, expert_model_parallel_size=1)
-    assert LoRA(["linear_fc1"], dim=RANK)(right) is right
+    assert peft([target], dim=RANK)(right) is right
 
 
 class GroupedMLP(nn.Module):
