@@ -352,3 +352,26 @@ def test_a_llama_of_transformers(ranks: Ranks) -> None:
     expected = llama_results(llama())
     for found in ranks.run(parallel_llama):
         torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+def computed_start(method: str) -> tuple[torch.Tensor, ...]:
+    """The model's output, and the whole factors, after a start that is computed from the weights."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model = mlp()
+    if dist.is_initialized():
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        model = parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    model = LoRA(["up", "down"], dim=RANK, lora_A_init_method=method)(model)
+    output = model(numbers(3, IN, seed=3)).detach()
+    return (output, *model.up.adapter.whole(), *model.down.adapter.whole())
+
+
+@pytest.mark.parametrize("method", ["xavier", "pissa", "olora"])
+def test_starts_are_those_of_one_process_and_keep_the_function(two_ranks: Ranks, method: str) -> None:
+    before = mlp()(numbers(3, IN, seed=3))
+    expected = computed_start(method)
+    for found in two_ranks.run(computed_start, method):
+        torch.testing.assert_close(found[0], before, **TOLERANCE)
+        torch.testing.assert_close(found, expected, **TOLERANCE)
