@@ -13,6 +13,7 @@ from smartinit.formats.megatron_folder import MARKER, ShardedFolder
 from smartinit.formats.megatron_names import Spelling, spelling_of, to_megatron
 from smartinit.formats.megatron_shape import shape_of
 from smartinit.formats.megatron_to_peft import peft_adapter
+from smartinit.formats.patterns import compact_patterns
 from smartinit.formats.peft import CONFIG_FILE, TENSOR_FILE, StoredAdapter
 from smartinit.formats.record import START_FOLDER
 from smartinit.formats.stamp import file_digest
@@ -157,16 +158,21 @@ def as_peft(stored: ShardedFolder, made: PeftAdapter) -> tuple[LoraConfig, Plan,
         raise ArtefactError(f"'{stored.path}' holds no adapter weights")
     plan = Plan({name: r for name, (r, _) in updates.items()}, {name: alpha for name, (_, alpha) in updates.items()})
     dropout, task = stored.config.get("dropout", 0.0), stored.config.get("task_type")
+    full = {name: parameters.get(name, name) for name in updates}  # patterns know parameters by their own names
+    patterns = compact_patterns(
+        Plan({full[n]: r for n, r in plan.ranks.items()}, {full[n]: alpha for n, alpha in plan.alphas.items()})
+    )
     config = LoraConfig(
-        r=max(plan.ranks.values()),
-        lora_alpha=float(stored.config["alpha"]),
+        r=patterns.r,
+        lora_alpha=patterns.lora_alpha,
+        rank_pattern=patterns.rank_pattern,
+        alpha_pattern=patterns.alpha_pattern,
         lora_dropout=float(dropout) if isinstance(dropout, (int, float)) and not parameters else 0.0,
         target_modules=[name for name in plan.ranks if name not in parameters] or None,
         target_parameters=list(parameters.values()) or None,
         use_dora=any(update.magnitude is not None for update in made.layers.values()),
         task_type=task if isinstance(task, str) else None,
         base_model_name_or_path=base_model(stored),
-        rank_pattern={},
         inference_mode=True,
     )
     return config, plan, factors, parameters

