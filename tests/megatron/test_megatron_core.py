@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import multiprocessing
+import queue
 import subprocess
 import sys
 import warnings
@@ -17,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from smartinit.formats.rows import join_rows, shard_rows
-from smartinit.megatron import LoRA
+from smartinit.megatron import DoRA, LoRA
 from smartinit.megatron.walk import adapted_layers
 
 if TYPE_CHECKING:
@@ -45,6 +47,16 @@ def core_ranks() -> Iterator[Ranks]:
     ranks.stop()
 
 
+@pytest.fixture(scope="module")
+def four_core_ranks() -> Iterator[Ranks]:
+    """Four of them."""
+    from ranks import Ranks
+
+    ranks = Ranks(4)
+    yield ranks
+    ranks.stop()
+
+
 def core(tensor: int, **sizes: int) -> Any:
     """megatron-core's parallel_state, with groups of these sizes."""
     with warnings.catch_warnings():
@@ -54,6 +66,7 @@ def core(tensor: int, **sizes: int) -> Any:
     # The only two things replaced: where tensors are made, and whose random numbers dropout draws (there is none).
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     tensor_parallel.get_cuda_rng_tracker().fork = lambda *_: contextlib.nullcontext()
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # its writers are processes
     sizes = {"tensor_model_parallel_size": tensor, **sizes}
     if getattr(core, "sizes", None) != sizes:
         parallel_state.destroy_model_parallel()
@@ -303,3 +316,75 @@ def test_keys_are_those_that_megatron_bridge_reads(core_ranks: Ranks) -> None:
 def keys() -> tuple[set[str], set[str]]:
     core(2)
     return set(gpt(2, None).state_dict()), set(gpt(2, LoRA(TARGETS, dim=RANK)).state_dict())
+
+
+def set_random(model: Any) -> None:
+    for place, layer in adapted_layers(model):
+        generator = torch.Generator().manual_seed(sum(map(ord, place.whole_name)))
+        layer.adapter.set_whole(*(torch.randn(shape, generator=generator) for shape in layer.adapter.whole_shapes()))
+
+
+def adapted_gpt(kind: str, tensor: int) -> Any:
+    core(tensor)
+    peft = DoRA(TARGETS, dim=RANK) if kind == "dora" else LoRA(TARGETS, dim=RANK)
+    model = gpt(tensor, peft, num_query_groups=4)
+    set_random(model)
+    return model
+
+
+def save_distributed(folder: str, kind: str, tensor: int) -> list[str]:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    model = adapted_gpt(kind, tensor)
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    filesystem_async._results_queue = queue.Queue()  # its own is another process, which would outlive this one
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = model.sharded_state_dict()
+        dist_checkpointing.save(state, folder)
+    return sorted(state)
+
+
+def load_distributed(folder: str, kind: str, tensor: int) -> list[str]:
+    """The keys that were compared, all bitwise equal."""
+    from megatron.core import dist_checkpointing
+
+    model = adapted_gpt(kind, tensor)
+    expected = {key: t.clone() for key, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), folder))
+    found = model.state_dict()
+    for key, tensor_ in expected.items():
+        assert torch.equal(found[key], tensor_), key
+    return sorted(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_its_distributed_checkpoints_load_at_another_number_of_ranks(
+    four_core_ranks: Ranks, tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / "saved").mkdir()
+    saved = four_core_ranks.run(save_distributed, str(tmp_path / "saved"), kind, 2)
+    adapters = 2 * 4 * (3 if kind == "dora" else 2)
+    assert sum(".adapter." in key for key in saved[0]) == adapters
+    for tensor in (1, 2, 4):
+        for loaded in four_core_ranks.run(load_distributed, str(tmp_path / "saved"), kind, tensor):
+            assert sum(".adapter." in key for key in loaded) == adapters
+
+
+def test_the_package_imports_neither_megatron_nor_transformer_engine() -> None:
+    code = (
+        "import sys, torch\n"
+        "from smartinit.megatron import LoRA\n"
+        "from smartinit.megatron.stand_ins import ColumnParallelLinear\n"
+        "model = LoRA(['linear_fc1'], dim=2)(torch.nn.ModuleDict({'linear_fc1': ColumnParallelLinear(4, 4)}))\n"
+        "model['linear_fc1'](torch.ones(2, 4))[0].sum().backward()\n"
+        "print([name for name in sys.modules if name.split('.')[0] in ('megatron', 'transformer_engine')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"
