@@ -47,7 +47,7 @@ def listening(ears: Iterable[tuple[Ear, Sequence[AdaptedLayer]]], *, gradients: 
     for ear, layers in ears:
         for layer in layers:
             at.setdefault(id(layer), (layer, []))[1].append(ear)
-    around = _Around()
+    around = _Around(any(layer.base.returns_tuple for layer, _ in at.values()))
     with ExitStack() as stack:
         for layer, own in at.values():
             if not layer.adapter_enabled:
@@ -61,8 +61,15 @@ def listening(ears: Iterable[tuple[Ear, Sequence[AdaptedLayer]]], *, gradients: 
 
 @dataclass
 class _Around:
-    """What is known of the layers around those that no ranks share."""
+    """What is known of the layers around those that no ranks share.
 
+    Attributes:
+        megatron: whether there are some of Megatron's.
+        group: with sequence parallelism, whose.
+        tokens: of all of its ranks.
+    """
+
+    megatron: bool
     group: ProcessGroup | None = None
     tokens: int = 0
 
@@ -72,7 +79,7 @@ class _Around:
             self.group, self.tokens = base.group, x.shape[0] * base.size
         apart = self.group is not None and base.group is None and base.split == "none" and not base.experts
         if apart and x.dim() == _SEQUENCE_FIRST and x.shape[0] * size_of(self.group) == self.tokens:
-            return replace(base, group=self.group, sequence=True, returns_tuple=True)
+            return replace(base, group=self.group, sequence=True)
         return base
 
 
@@ -91,7 +98,7 @@ def _hear(
     base = around.settled(base, rows)
     whole = whole_input(rows, base)
     if not gradients:
-        if base.returns_tuple and whole.dim() == _SEQUENCE_FIRST:
+        if around.megatron and whole.dim() == _SEQUENCE_FIRST:
             whole = whole.transpose(0, 1)  # as masks are: (batch, tokens)
         for ear, part in zip(ears, _parts(whole, counts, len(ears)), strict=True):
             ear(part)

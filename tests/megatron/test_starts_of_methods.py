@@ -3,140 +3,42 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
+from starting import (
+    METHODS,
+    RANK,
+    TARGETS,
+    Model,
+    adapt,
+    alone,
+    batches,
+    original_weights,
+    relative,
+    started,
+    whole_weight,
+)
 from torch import nn
 from torch.nn import functional
 
 import smartinit
-from smartinit.adapters.parallel.collectives import gather, rank_of, shard
+from smartinit.convert import convert_adapter
 from smartinit.errors import ArtefactError, ConfigError, DataError, ModelError, NonFiniteError, TargetError
-from smartinit.formats.rows import join_rows
 from smartinit.megatron import LoRA
-from smartinit.megatron.stand_ins import ColumnParallelLinear, RowParallelLinear
 from smartinit.megatron.walk import adapted_layers
-from smartinit.methods import available_methods
 from smartinit.methods.corda import Corda
+from smartinit.methods.gaussian import Gaussian
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ranks import Ranks
-
-H, FFN, VOCABULARY, RANK = 16, 24, 50, 4
-TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "plain"]
-METHODS = {name: kind for name, kind in available_methods().items() if name not in ("kaiming", "random")}
-Options = dict[str, Any]
-
-
-class Config:
-    gated_linear_unit = True
-
-
-class Block(nn.Module):
-    """A layer of a transformer as Megatron cuts it up, with something simple where attention is."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.linear_qkv = ColumnParallelLinear(H, 2 * H, **options)
-        self.linear_proj = RowParallelLinear(2 * H, H, **options)
-        self.linear_fc1 = ColumnParallelLinear(H, 2 * FFN, config=Config(), **options)
-        self.linear_fc2 = RowParallelLinear(FFN, H, **options)
-        self.plain = nn.Linear(H, H)
-        nn.init.normal_(self.plain.weight, std=0.2, generator=options["generator"])
-        nn.init.normal_(self.plain.bias, std=0.2, generator=options["generator"])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.linear_proj(torch.tanh(self.linear_qkv(x)[0]))[0]
-        gate, up = self.linear_fc1(x)[0].chunk(2, -1)
-        x = x + self.linear_fc2(functional.silu(gate) * up)[0]
-        return x + self.plain(x)
-
-
-class Model(nn.Module):
-    """Random tokens in, hidden states out; the residual stream is cut by tokens under sequence parallelism."""
-
-    def __init__(self, group: Any = None, sequence: bool = False, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(3)
-        self.group, self.sequence = group, sequence
-        self.embedding = nn.Embedding(VOCABULARY, H)
-        nn.init.normal_(self.embedding.weight, generator=generator)
-        options = dict(tp_group=group, sequence_parallel=sequence, generator=generator)
-        self.layers = nn.ModuleList([Block(**options)])
-        self.to(dtype)
-
-    def forward(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
-        x = self.embedding(input_ids).transpose(0, 1)  # (tokens, batch, features)
-        x = shard(x, 0, self.group) if self.sequence else x
-        for layer in self.layers:
-            x = layer(x)
-        return gather(x, 0, self.group, gradient="slice") if self.sequence else x
-
-
-def batches(count: int = 2, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    found = [{"input_ids": torch.randint(0, VOCABULARY, (3, 24), generator=generator)} for _ in range(count)]
-    for batch in found:
-        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        batch["attention_mask"][1, 17:] = 0
-    return found
-
-
-def loss(output: torch.Tensor, batch: Any) -> torch.Tensor:
-    del batch
-    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
-    return (output * weights).sum() + 0.1 * output.square().sum()
-
-
-def adapt(model: nn.Module, method: Any, data: Any = None, **options: Any) -> tuple[LoRA, Any]:
-    """The configuration, and the artefact if there is one."""
-    lora = LoRA(options.pop("targets", TARGETS), dim=RANK, alpha=8, lora_A_init_method=method, **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        lora(model)
-    needs = METHODS[method].needs if isinstance(method, str) else method.needs
-    if not needs:
-        return lora, None
-    return lora, lora.initialize(model, data or batches(), loss_fn=loss, show_progress_bar=False)
-
-
-def started(method: str, sequence: bool, dtype: torch.dtype = torch.float32, parallel: bool = True) -> Options:
-    """What one method makes of the model on this rank: whole factors, and outputs before and after."""
-    torch.manual_seed(0)
-    model = Model(dist.group.WORLD if parallel else None, sequence, dtype)
-    probe = batches(1, seed=9)[0]
-    with torch.no_grad():
-        before = model(**probe)
-        adapt(model, method)
-        after = model(**probe)
-    factors = {place.whole_name: layer.adapter.whole() for place, layer in adapted_layers(model)}
-    weights = {place.whole_name: whole_weight(layer) for place, layer in adapted_layers(model)}
-    return {"factors": factors, "weights": weights, "before": before, "after": after}
-
-
-def whole_weight(layer: Any) -> torch.Tensor:
-    """The base weight, gathered by hand."""
-    weight, base = layer.to_wrap.weight.detach(), layer.base
-    if base.size == 1:
-        return weight
-    parts = [torch.empty_like(weight) for _ in range(base.size)]
-    dist.all_gather(parts, weight.contiguous(), group=base.group)
-    return join_rows(parts, gated=base.gated, dim=1 if base.split == "row" else 0)
-
-
-@cache
-def alone(method: str) -> Options:
-    """The same on a single process."""
-    return started(method, False, parallel=False)
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
+    from starting import Options
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -173,5 +75,332 @@ def test_the_model_starts_where_its_base_is(method: str) -> None:
     assert changed == (METHODS[method].effect in ("splits", "quantises"))
 
 
-def original_weights() -> dict[str, torch.Tensor]:
-    return {name: m.weight.detach() for name, m in Model().named_modules() if name.rpartition(".")[2] in TARGETS}
+class Plain(nn.Module):
+    """The same layers as plain linear ones, batch first."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.embedding = model.embedding
+        self.layers = nn.ModuleList(
+            [nn.ModuleDict({name: linear(getattr(b, name)) for name in TARGETS}) for b in model.layers]
+        )
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = x + layer["linear_proj"](torch.tanh(layer["linear_qkv"](x)))
+            gate, up = layer["linear_fc1"](x).chunk(2, -1)
+            x = x + layer["linear_fc2"](functional.silu(gate) * up)
+            x = x + layer["plain"](x)
+        return x
+
+
+def linear(layer: Any) -> nn.Linear:
+    made = nn.Linear(layer.weight.shape[1], layer.weight.shape[0])
+    made.load_state_dict(layer.state_dict())
+    return made
+
+
+@pytest.mark.parametrize("method", ["eva", "pissa", "corda"])
+def test_the_start_is_that_of_plain_linear_layers(method: str) -> None:
+    # As many tokens as sequences: nothing but their order tells which dimension is which.
+    data = [{k: v[:, :12].repeat(4, 1) for k, v in batch.items()} for batch in batches(4)]
+    for batch in data:
+        batch["attention_mask"] = (torch.rand(12, 12, generator=torch.Generator().manual_seed(1)) < 0.6).long()
+    model = Model()
+    plain = Plain(model)
+    config = smartinit.LoraConfig(r=RANK, lora_alpha=8, target_modules=TARGETS, init_lora_weights=method)
+    expected = smartinit.compute(plain, config, data, planner="uniform", show_progress_bar=False)
+    adapt(model, method, data)
+    for place, layer in adapted_layers(model):
+        a, b = layer.adapter.whole()
+        pair = expected.factors[place.whole_name]
+        if method == "eva":
+            assert relative(a, pair.a) < 1e-4, place.name
+        else:
+            assert relative(b @ a, pair.b @ pair.a) < 1e-4, place.name
+
+
+def of_replicas(method: str, size: int) -> tuple[Options, float]:
+    """Tensor parallelism in groups of ``size``; each group reads its own batches."""
+    group = groups_of(size)
+    number = dist.get_rank() // size
+    model = Model(group, sequence=True)
+    data = batches(4)
+    _, artefact = adapt(model, method, data[number :: dist.get_world_size() // size])
+    weights = {place.whole_name: layer.adapter.whole() for place, layer in adapted_layers(model)}
+    rows = artefact.certificate["layers.0.linear_qkv"].rows
+    return weights, rows
+
+
+def groups_of(size: int) -> Any:
+    groups = [dist.new_group(range(i, i + size)) for i in range(0, dist.get_world_size(), size)]
+    return groups[dist.get_rank() // size]
+
+
+@pytest.mark.parametrize("method", ["eva", "corda", "lora_ga"])
+def test_ranks_that_see_the_same_data_count_once(four_ranks: Ranks, method: str) -> None:
+    model = Model()
+    data = batches(4)
+    _, artefact = adapt(model, method, data)
+    for found, rows in four_ranks.run(of_replicas, method, 2):
+        assert rows == artefact.certificate["layers.0.linear_qkv"].rows
+        for name, (a, b) in found.items():
+            pair = artefact.factors[name]
+            if method == "eva":
+                assert relative(a, pair.a) < 1e-5
+            else:
+                assert relative(b.double() @ a.double(), pair.b.double() @ pair.a.double()) < 1e-5
+
+
+def in_bfloat16(method: str) -> float:
+    found = started(method, True, torch.bfloat16)
+    exact = original_weights()
+    worst = 0.0
+    for name, (a, b) in found["factors"].items():
+        original, stored = exact[name].bfloat16().double(), found["weights"][name].double()
+        error = original - 2 * b.double() @ a.double() - stored
+        worst = max(worst, float((error.abs() / stored.abs()).max()))
+    return worst
+
+
+def test_a_split_in_half_precision_is_rounded_once(two_ranks: Ranks) -> None:
+    # Half a unit in the last place of eight bits, and the round-off of the product in float32.
+    for worst in two_ranks.run(in_bfloat16, "pissa"):
+        assert worst < 2**-8 * 1.01
+
+
+def applied(folder: str) -> Options:
+    """A stored start, on this many ranks."""
+    model = Model(dist.group.WORLD if dist.is_initialized() else None)
+    lora = LoRA(TARGETS, dim=RANK, alpha=8)
+    lora(model)
+    lora.apply(model, smartinit.Artefact.load(folder))
+    return {p.whole_name: (*layer.adapter.whole(), whole_weight(layer)) for p, layer in adapted_layers(model)}
+
+
+@pytest.mark.parametrize("method", ["eva", "corda", "loftq"])
+def test_a_start_is_saved_and_applied_at_another_number_of_ranks(two_ranks: Ranks, tmp_path: Path, method: str) -> None:
+    model = Model()
+    lora, artefact = adapt(model, method)
+    if artefact is None:  # it has started as it was made, and gives what it gave
+        model = Model()
+        with warnings.catch_warnings():
+            lora.lora_A_init_method = "xavier"
+            lora(model)
+        lora.lora_A_init_method = method
+        artefact = lora.initialize(model, show_progress_bar=False)
+    artefact.save(tmp_path / "start")
+    expected = {p.whole_name: (*layer.adapter.whole(), whole_weight(layer)) for p, layer in adapted_layers(model)}
+    for found in two_ranks.run(applied, str(tmp_path / "start")):
+        for name, tensors in expected.items():
+            for ours, theirs in zip(found[name], tensors, strict=True):
+                assert relative(ours, theirs) < 1e-6
+
+
+def test_what_a_method_does_not_train_stays_frozen() -> None:
+    model = Model()
+    lora, _ = adapt(model, "mica")
+    lora(model)  # nothing new
+    for _, layer in adapted_layers(model):
+        assert layer.adapter.linear_in.weight.requires_grad
+        assert not layer.adapter.linear_out.weight.requires_grad
+    lora.lora_A_init_method = "gaussian"
+    lora.initialize(model, show_progress_bar=False)
+    assert all(p.requires_grad for _, layer in adapted_layers(model) for p in layer.adapter.parameters())
+
+
+def test_a_method_comes_with_its_options() -> None:
+    with_option, without = Model(), Model()
+    adapt(with_option, Corda(corda_method="kpm"))
+    adapt(without, "corda")
+    (_, one), (_, other) = next(adapted_layers(with_option)), next(adapted_layers(without))
+    assert relative(one.adapter.whole()[0], other.adapter.whole()[0]) > 0.1
+    LoRA(lora_A_init_method="pissa_niter_4").check()
+
+
+def test_a_split_is_given_back_and_not_taken_twice() -> None:
+    model = Model()
+    lora, _ = adapt(model, "pissa")
+    with pytest.raises(ModelError, match=r"has given up an earlier start.*restore_base"):
+        lora.initialize(model, show_progress_bar=False)
+    assert not any("given_up" in key for key in model.state_dict())
+    lora.restore_base(model)
+    for name, weight in original_weights().items():
+        assert relative(dict(model.named_modules())[name].to_wrap.weight.detach(), weight) < 1e-6
+    lora.initialize(model, show_progress_bar=False)
+    adapt_again = LoRA(TARGETS, dim=RANK, lora_A_init_method="loftq")
+    lora.restore_base(model)
+    adapt_again.initialize(model, show_progress_bar=False)
+    with pytest.raises(ModelError, match="was quantised by its start"):
+        adapt_again.restore_base(model)
+
+
+def test_a_single_module_is_started_as_well() -> None:
+    block = Model().layers[0]
+    before = block.linear_qkv.weight.detach().clone()
+    lora = LoRA(["linear_qkv"], dim=RANK, lora_A_init_method="pissa")
+    layer: Any = lora.transform(block.linear_qkv, "linear_qkv")
+    a, b = layer.adapter.whole()
+    torch.testing.assert_close(layer.to_wrap.weight + layer.adapter.scaling * b @ a, before)
+    assert relative(layer.to_wrap.weight.detach(), before) > 0.1
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
+    after = model.state_dict()
+    return after.keys() == before.keys() and all(torch.equal(after[k], v) for k, v in before.items())
+
+
+WRONG = [
+    ({"lora_A_init_method": "pisa"}, r"lora_A_init_method='pisa' is not known.*closest: 'pissa'"),
+    ({"lora_A_init_method": "eva", "lora_B_init_method": "xavier"}, r"'eva', which starts B as well"),
+    ({"lora_A_init_method": "pissa", "dim": 20}, r"rank 20 of 'layers.0.linear_qkv'.* is above min\(out, in\) = 16"),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), WRONG)
+def test_what_cannot_be_leaves_the_model_as_it_was(options: Options, sentence: str) -> None:
+    model = Model().eval()
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match=sentence):
+        LoRA(TARGETS, **options)(model)
+    assert unchanged(model, before)
+    assert not any(True for _ in adapted_layers(model))
+    assert all(p.requires_grad for p in model.parameters())
+    assert not model.training
+
+
+def test_a_weight_that_is_not_finite_leaves_the_model_as_it_was() -> None:
+    model = Model()
+    model.layers[0].linear_fc2.weight.data[3, 2] = torch.inf
+    before = snapshot(model)
+    with pytest.raises(ModelError, match=r"weight of 'layers.0.linear_fc2' holds NaN or Inf"):
+        LoRA(TARGETS, dim=RANK, lora_A_init_method="pissa")(model)
+    assert unchanged(model, before)
+    assert not any(True for _ in adapted_layers(model))
+
+
+def bad_shard() -> list[str]:
+    """Only the last rank's shard has an Inf; only the last rank's lora_B_init_method is wrong."""
+    model, said = Model(dist.group.WORLD), []
+    last = dist.get_rank() == dist.get_world_size() - 1
+    if last:
+        model.layers[0].linear_fc2.weight.data[3, 2] = torch.inf
+    with pytest.raises(ModelError, match=r"weight of 'layers.0.linear_fc2' holds NaN or Inf"):
+        LoRA(TARGETS, dim=RANK, lora_A_init_method="pissa")(model)
+    said.append(str(any(True for _ in adapted_layers(model))))
+    return said
+
+
+def test_one_bad_shard_is_an_error_on_every_rank(two_ranks: Ranks) -> None:
+    assert two_ranks.run(bad_shard) == [["False"], ["False"]]
+
+
+def adapted_by(method: str, **options: Any) -> tuple[nn.Module, LoRA]:
+    model = Model()
+    lora = LoRA(TARGETS, dim=RANK, lora_A_init_method=method, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lora(model)
+    return model, lora
+
+
+def bad_initialize(parallel: bool) -> None:
+    """Data that cannot be used, on one process or on several."""
+    model = Model(dist.group.WORLD if parallel else None)
+    lora = LoRA(TARGETS, dim=RANK, lora_A_init_method="corda")
+    with pytest.warns(UserWarning, match=r"lora_A_init_method='corda' reads data: until lora.initialize\(model, data"):
+        lora(model)
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match="the method 'corda' needs activations: pass a dataloader"):
+        lora.initialize(model)
+    with pytest.raises(DataError, match="the dataloader is empty"):
+        lora.initialize(model, [], show_progress_bar=False)
+    broken = model.embedding.weight.data[7].clone()
+    model.embedding.weight.data[7] = torch.nan
+    batch = {"input_ids": torch.arange(24).reshape(3, 8)}
+    with pytest.raises(NonFiniteError, match=r"layers\.0\.linear_qkv"):
+        lora.initialize(model, [batch], show_progress_bar=False)
+    model.embedding.weight.data[7] = broken
+    assert unchanged(model, before)
+    assert all("adapted" not in vars(layer) for _, layer in adapted_layers(model))
+    lora.initialize(model, batches(), show_progress_bar=False)
+    assert not unchanged(model, before)
+
+
+def test_bad_data_leave_the_model_as_it_was() -> None:
+    bad_initialize(parallel=False)
+
+
+def test_bad_data_leave_the_model_as_it_was_on_all_ranks(two_ranks: Ranks) -> None:
+    two_ranks.run(bad_initialize, True)
+
+
+def test_what_initialize_refuses() -> None:
+    model, lora = adapted_by("eva")
+    with pytest.raises(ConfigError, match=r"cut into pieces \(pipeline parallelism"):
+        lora.initialize([model, nn.Linear(2, 2)], batches())
+    with pytest.raises(TargetError, match=r"the model has no adapters to start; adapt it first: LoRA"):
+        lora.initialize(Model(), batches())
+    with pytest.raises(ConfigError, match=r"'xavier' is a start that adapters have as they are made"):
+        LoRA(TARGETS).initialize(model)
+
+
+def test_a_start_for_something_else_is_refused() -> None:
+    model, lora = adapted_by("corda")
+    artefact = lora.initialize(model, batches(), show_progress_bar=False)
+    (other, _), (louder, loud) = adapted_by("xavier"), adapted_by("xavier", alpha=16)
+    before = snapshot(other)
+    with pytest.raises(ArtefactError, match=r"was computed for alpha/dim = 8, but its adapter has 4; use the alpha"):
+        loud.apply(louder, artefact)
+    few = Model()
+    some = LoRA(["linear_qkv"], dim=RANK, lora_A_init_method="orthogonal")
+    some(few)
+    with pytest.raises(ArtefactError, match=r"the start has a layer .*, which the model has not"):
+        some.apply(few, artefact)
+    little = some.initialize(few, show_progress_bar=False)
+    with pytest.raises(ArtefactError, match=r"the model has a layer 'layers.0.linear_fc1', which the start has not"):
+        lora.apply(other, little)
+    assert unchanged(other, before)
+    lora.apply(other, artefact)
+    assert unchanged(other, snapshot(model))
+
+
+class Uncertain(Gaussian):
+    """Finds other signs on other ranks, as decompositions may on other devices."""
+
+    def factors(self, spectrum: Any, rank: int, scaling: float) -> Any:
+        pair = super().factors(spectrum, rank, scaling)
+        return replace(pair, a=pair.a * (-1) ** dist.get_rank() if dist.is_initialized() else pair.a)
+
+
+def uncertain() -> Options:
+    torch.manual_seed(0)
+    model = Model(dist.group.WORLD if dist.is_initialized() else None)
+    LoRA(TARGETS, dim=RANK, lora_A_init_method=Uncertain())(model)
+    return {place.whole_name: layer.adapter.whole()[0] for place, layer in adapted_layers(model)}
+
+
+def test_signs_agree_where_ranks_find_different_ones(two_ranks: Ranks) -> None:
+    expected = uncertain()
+    for found in two_ranks.run(uncertain):
+        for name, a in expected.items():
+            assert torch.equal(found[name], a)
+
+
+def test_what_was_trained_from_a_split_is_converted_for_the_original_base(tmp_path: Path) -> None:
+    model, lora = adapted_by("corda")
+    artefact = lora.initialize(model, batches(), show_progress_bar=False)
+    artefact.save(tmp_path / "start")
+    # Trained: every B is twice what it was.
+    trained = replace(artefact, factors={n: replace(p, b=2 * p.b) for n, p in artefact.factors.items()})
+    trained.save(tmp_path / "trained")
+    convert_adapter(tmp_path / "trained", tmp_path / "start", tmp_path / "out")
+    with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as file:
+        for name, pair in artefact.factors.items():
+            a, b = (file.get_tensor(f"base_model.model.{name}.lora_{side}.weight") for side in "AB")
+            assert relative(b @ a, pair.b @ pair.a) < 1e-5
