@@ -19,6 +19,7 @@ from smartinit.config.checks import closest
 from smartinit.errors import ConfigError, ModelError, TargetError
 from smartinit.megatron.agreement import failing_together
 from smartinit.megatron.matching import ModuleMatcher
+from smartinit.megatron.recompute import let_gradients_in
 from smartinit.megatron.walk import Place, adapted_layers, chunks_of, install, places, warn_of_wrappers
 
 if TYPE_CHECKING:
@@ -116,6 +117,8 @@ class PEFT(ModuleMatcher):
             _let_train(layer, {id(p) for p in layer.adapter.parameters() if training and (new or id(p) in kept)})
         for chunk in whole if isinstance(whole, list) else [whole]:
             chunk.train(training)
+        if training:
+            let_gradients_in(whole)
         if made and training:
             warn_of_wrappers(whole)
         return cast("M", whole)

@@ -388,3 +388,61 @@ def test_the_package_imports_neither_megatron_nor_transformer_engine() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def recompute(options: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """First gradients without and with recompute, and with it but without the input that requires gradients."""
+    core(1)
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *_, **__: torch.empty(0)  # there is none to put back
+    random._set_cuda_rng_state = lambda *_, **__: None
+    lora = LoRA(TARGETS, dim=RANK, lora_B_init_method="normal")
+    found = []
+    for more in ({}, options, options):
+        model = gpt(1, lora, **more)
+        lora(model)  # a second time adds nothing
+        assert len(model.decoder._forward_pre_hooks) == bool(more)
+        if len(found) == 2:
+            model.decoder._forward_pre_hooks.clear()
+        loss = loss_of(model)
+        if loss.requires_grad:
+            loss.backward()
+        grads = [(name, p.grad) for name, p in model.named_parameters() if p.requires_grad]
+        found.append({name: grad for name, grad in grads if grad is not None})
+    return tuple(found)
+
+
+def test_adapters_train_under_its_recompute(core_ranks: Ranks) -> None:
+    options = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    for plain, recomputed, without in core_ranks.run(recompute, options):
+        assert len(plain) == 16
+        assert not without  # what is avoided
+        assert recomputed.keys() == plain.keys()
+        for name, gradient in plain.items():
+            torch.testing.assert_close(recomputed[name], gradient, rtol=1e-6, atol=1e-7)
+
+
+def wrapped() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Gradients of two data-parallel ranks with other batches: averaged by hand, and by Megatron's wrapper."""
+    core(1)
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    plain = gpt(1, LoRA(TARGETS, dim=RANK, lora_B_init_method="normal"))
+    loss_of(plain, dist.get_rank()).backward()
+    expected = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
+    for gradient in expected.values():
+        dist.all_reduce(gradient, op=dist.ReduceOp.SUM)
+        gradient.div_(dist.get_world_size())
+    model = gpt(1, LoRA(TARGETS, dim=RANK, lora_B_init_method="normal"))
+    options = DistributedDataParallelConfig(overlap_grad_reduce=False, use_distributed_optimizer=False)
+    parallel = DistributedDataParallel(model.config, options, model)
+    loss_of(parallel, dist.get_rank()).backward()
+    parallel.finish_grad_sync()
+    return expected, {name: p.main_grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_its_data_parallel_wrapper_averages_the_gradients(core_ranks: Ranks) -> None:
+    for expected, found in core_ranks.run(wrapped):
+        assert len(found) == 16
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
