@@ -196,6 +196,10 @@ def test_plain_layers_take_the_config_of_the_model_and_keys_are_megatron_bridges
             {f"layers.{i}.linear_qkv.adapter.adapter_{p}" for i, p in ((0, "q"), (0, "k"), (1, "k"))},
         ),
         (
+            ["linear_q", "*.0.linear_k"],  # the second finds nothing that the first has not found
+            {f"layers.{i}.linear_qkv.adapter.adapter_{p}" for i, p in ((0, "q"), (0, "k"), (1, "q"))},
+        ),
+        (
             ["*1.linear_fc1_up", "*1.linear_fc2"],
             {"layers.1.linear_fc1.adapter.adapter_up", "layers.1.linear_fc2.adapter"},
         ),

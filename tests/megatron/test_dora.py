@@ -14,10 +14,12 @@ from smartinit.adapters.dora import BaseNorms
 from smartinit.adapters.fake_quant import FakeQuantLinear
 from smartinit.errors import ConfigError, ModelError
 from smartinit.formats.rows import join_rows, shard_rows
-from smartinit.megatron import DoRA
+from smartinit.megatron import DoRA, load_adapter, save_adapter
 from smartinit.megatron.stand_ins import ColumnParallelLinear, RowParallelLinear
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ranks import Ranks
 
 IN, OUT, RANK, TOKENS = 16, 24, 8, 12
@@ -344,6 +346,10 @@ def test_the_norm_follows_writes_to_the_base_and_is_kept_between_them(monkeypatc
     y, _ = layer(x)
     torch.testing.assert_close(y, x @ layer.to_wrap.weight.T / 2 + layer.to_wrap.bias)
     assert asked == [True, False, True]
+    layer.to_wrap.weight.data.mul_(2)  # which no counter sees
+    layer.eval()
+    y, _ = layer(x)
+    torch.testing.assert_close(y, x @ layer.to_wrap.weight.T / 4 + layer.to_wrap.bias)
 
 
 def test_copies_and_state_dicts_keep_the_magnitude() -> None:
@@ -385,3 +391,30 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any], said: str) 
     with pytest.raises(ConfigError, match=said):
         DoRA(["0"], **options)(base)
     assert type(base[0]) is nn.Linear
+
+
+def saved(folder: str) -> None:
+    """Two ranks write, one process reads."""
+    group = dist.group.WORLD if dist.is_initialized() else None
+    model = nn.ModuleDict(
+        {
+            "linear_fc1": ColumnParallelLinear(IN, OUT, tp_group=group, config=Config()),
+            "linear_fc2": RowParallelLinear(IN, OUT, tp_group=group),
+        }
+    )
+    dora = DoRA(["linear_fc1", "linear_fc2"], dim=RANK)
+    dora(model)
+    m = factors()[2]
+    if group is not None:
+        for layer in model.values():
+            layer.adapter.set_whole_magnitude(m)
+        save_adapter(model, folder, dora)
+        return
+    load_adapter(model, folder)
+    for layer in model.values():
+        torch.testing.assert_close(layer.adapter.weight_magnitude.detach(), m, rtol=0, atol=0)
+
+
+def test_magnitudes_that_two_ranks_save_one_process_loads(two_ranks: Ranks, tmp_path: Path) -> None:
+    two_ranks.run(saved, str(tmp_path / "adapter"))
+    saved(str(tmp_path / "adapter"))

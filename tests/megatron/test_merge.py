@@ -355,12 +355,20 @@ def test_unloading_gives_the_base_layers_back_also_a_root() -> None:
     torch.testing.assert_close(linear.weight, weight, rtol=0, atol=0)
 
 
-def test_the_numbers_do_not_depend_on_autocast() -> None:
-    model, other = plain(), plain()
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_numbers_do_not_depend_on_autocast(kind: str) -> None:
+    model, other = made(kind), made(kind)
     LoRAMerge()(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         LoRAMerge()(other)
     torch.testing.assert_close(dict(other.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+
+
+def second_expert_broken() -> nn.Module:
+    model = made("lora")
+    with torch.no_grad():
+        model.mlp.experts.linear_fc1.to_wrap.weight1[0, 0] = torch.inf
+    return model
 
 
 def tied() -> nn.Module:
@@ -394,6 +402,7 @@ def overflowing() -> nn.Module:
         (quantised, "'1' .* is stored as .*quantised"),
         (parametrised, "not a parameter but computed"),
         (overflowing, "the weight of '1' would hold NaN or Inf"),
+        (second_expert_broken, "the weight1 of 'mlp.experts.linear_fc1' would hold NaN or Inf"),
     ],
 )
 def test_what_cannot_be_merged_is_refused_and_nothing_is(build: Callable[[], nn.Module], said: str) -> None:
