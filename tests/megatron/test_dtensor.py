@@ -243,7 +243,9 @@ def refused() -> list[str]:
     """Orders that cannot be: adapters before tensor parallelism, after data parallelism; dimensions that do not fit."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.distributed.tensor.placement_types import _StridedShard
 
     size = dist.get_world_size()
     mesh = init_device_mesh("cpu", (size,))
@@ -265,11 +267,26 @@ def refused() -> list[str]:
     with pytest.raises(ConfigError) as told:
         adapted(parallelize_module(odd, mesh, {"up": ColwiseParallel()}), ("up",))
     messages.append(str(told.value))
+
+    model = parallelize_module(mlp(), mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    model.up.forward = model.up.forward  # as transformers does with tp_plan
+    with pytest.raises(ConfigError) as told:
+        adapted(model)
+    messages.append(str(told.value))
+
+    model = mlp()
+    strided = DTensor.from_local(model.up.weight.detach(), mesh, [_StridedShard(0, split_factor=2)])
+    model.up.weight = nn.Parameter(strided)
+    with pytest.raises(ConfigError) as told:
+        adapted(model)
+    messages.append(str(told.value))
     return messages
 
 
 def test_orders_that_cannot_be_are_refused(two_ranks: Ranks) -> None:
-    for before, after, odd in two_ranks.run(refused):
+    for before, after, odd, forward, strided in two_ranks.run(refused):
+        assert "a forward of the module's own" in forward
+        assert "is placed as _S" in strided
         assert "after parallelize_module" in before
         assert "before fully_shard" in after
         assert "(17, 8), is not shared evenly by 2 ranks" in odd

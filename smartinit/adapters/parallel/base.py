@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -99,7 +99,7 @@ def describe(module: nn.Module, name: str, *, expert: bool = False) -> ParallelB
         return _engine(module, name, expert=expert)
     weight = getattr(module, "weight", None)
     if _is_dtensor(weight):
-        return _dtensor(weight, name)
+        return _dtensor(module, weight, name)
     if host_of(module) != "linear":
         raise ModelError(
             f"target module '{name}' is a {type(module).__name__}: expected a column- or row-parallel layer, a linear "
@@ -167,7 +167,7 @@ def _engine(module: Any, name: str, *, expert: bool) -> ParallelBase:  # noqa: A
     )
 
 
-def _dtensor(weight: Any, name: str) -> ParallelBase:  # noqa: ANN401 - a DTensor
+def _dtensor(module: nn.Module, weight: Any, name: str) -> ParallelBase:  # noqa: ANN401 - a DTensor
     """A ``torch.nn.Linear`` after ``parallelize_module`` with ColwiseParallel or RowwiseParallel."""
     mesh, placements = weight.device_mesh, weight.placements
     if mesh.ndim != 1:
@@ -176,7 +176,14 @@ def _dtensor(weight: Any, name: str) -> ParallelBase:  # noqa: ANN401 - a DTenso
             "parallelism and before data parallelism (fully_shard) is applied to it"
         )
     placed = placements[0]
-    split: Split = "column" if placed.is_shard(0) else "row" if placed.is_shard(1) else "none"
+    kinds: dict[str, bool] = {"column": placed.is_shard(0), "row": placed.is_shard(1), "none": placed.is_replicate()}
+    split: Split | None = next((kind for kind in get_args(Split) if kinds[kind]), None)
+    if split is None or "forward" in vars(module):  # of transformers' tp_plan: no hook comes between
+        how = f"is placed as {placed}" if split is None else "is computed with by a forward of the module's own"
+        raise ConfigError(
+            f"the weight of '{name}' is a DTensor that {how}, which is none of the ways known here; load the model "
+            "without tp_plan and share it with torch's parallelize_module, ColwiseParallel and RowwiseParallel"
+        )
     out_features, in_features = (int(n) for n in weight.shape)
     group = mesh.get_group()
     if split != "none" and weight.shape[split == "row"] % size_of(group):
