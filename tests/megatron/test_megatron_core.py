@@ -446,3 +446,78 @@ def test_its_data_parallel_wrapper_averages_the_gradients(core_ranks: Ranks) -> 
     for expected, found in core_ranks.run(wrapped):
         assert len(found) == 16
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def experts_of(tensor: int, expert: int, shared: bool) -> Any:
+    """Four gated experts of Megatron-Core's (its router does not run without Transformer Engine), adapted."""
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    core(tensor, expert_tensor_parallel_size=tensor, expert_model_parallel_size=expert)
+    config = config_of(tensor, num_moe_experts=4, expert_model_parallel_size=expert, moe_ffn_hidden_size=OUT)
+    spec = get_moe_module_spec(use_te=False, num_experts=4, moe_grouped_gemm=False).submodules.experts
+    local = 4 // expert
+    experts = SequentialMLP(
+        local, config, spec.submodules, pg_collection=ProcessGroupCollection.use_mpu_process_groups()
+    )
+    model = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"experts": experts})})
+    model = LoRA(["linear_fc1", "linear_fc2"], dim=RANK, share_expert_adapters=shared)(model)
+    for place, layer in adapted_layers(model):
+        name = place.experts_name if shared else place.whole_name
+        generator = torch.Generator().manual_seed(sum(i * ord(c) for i, c in enumerate(name)))
+        layer.adapter.set_whole(*(torch.randn(shape, generator=generator) for shape in layer.adapter.whole_shapes()))
+        row = place.attribute == "linear_fc2"
+        whole = numbers(*((IN, OUT) if row else (2 * OUT, IN)), seed=place.first_expert + 10 * row)
+        rank, size = layer.base.rank, layer.base.size
+        layer.to_wrap.weight.data.copy_(shard_rows(whole, rank, size, gated=not row, dim=int(row)))
+    return model["mlp"]["experts"]
+
+
+def expert_outputs(shared: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """On one rank, and the sum over two expert-tensor-parallel ranks: what a token dispatcher makes of it."""
+    out = []
+    for tensor in (1, 2):
+        experts = experts_of(tensor, 1, shared)
+        y, _ = experts(numbers(10, IN, seed=3), torch.tensor([3, 0, 5, 2]), numbers(10, seed=4))
+        y = y.detach()
+        if tensor == 2:
+            dist.all_reduce(y)
+        out.append(y)
+    return out[0], out[1]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_its_experts_in_tensor_parallel_shards_compute_what_whole_ones_do(core_ranks: Ranks, shared: bool) -> None:
+    for whole, shards in core_ranks.run(expert_outputs, shared):
+        torch.testing.assert_close(shards, whole, rtol=1e-5, atol=1e-5 * float(whole.abs().max()))
+
+
+def expert_checkpoints(folder: str, shared: bool) -> int:
+    """Saved by two expert-parallel ranks, loaded by one and by two tensor-parallel ones."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    filesystem_async._results_queue = queue.Queue()
+    compared = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dist_checkpointing.save(experts_of(1, 2, shared).sharded_state_dict(), folder)
+        for sizes in ((1, 1), (2, 1), (1, 2)):
+            model = experts_of(*sizes, shared)
+            expected = {key: t.clone() for key, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+            for parameter in model.parameters():
+                parameter.data.zero_()
+            model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), folder))
+            for key, t in model.state_dict().items():
+                assert not isinstance(t, torch.Tensor) or torch.equal(t, expected[key]), key
+                compared += ".adapter." in key
+    return compared
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_its_experts_checkpoints_load_at_other_numbers_of_ranks(
+    core_ranks: Ranks, tmp_path: Path, shared: bool
+) -> None:
+    assert core_ranks.run(expert_checkpoints, str(tmp_path), shared) == [4 * 4 * 2 + 2 * 4] * 2
