@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -269,14 +269,20 @@ class PEFT(ModuleMatcher):
             seen = torch.tensor([float(flag) for flag in flags], device=collective_device())
             dist.all_reduce(seen, op=dist.ReduceOp.MAX)
             flags = [bool(flag) for flag in seen.tolist()]
+        named = any(flags) and self._has_default_targets()  # nobody has asked for each of those
         for pattern, flag in zip(patterns, flags, strict=False):
-            if not flag:
+            if not flag and not named:
                 near = closest(pattern.rpartition(".")[2], names)
                 raise TargetError(f"target_modules: {pattern!r} is the name of no module in the model{near}")
-        if not all(flags):
+        if not any(flags):
             raise TargetError(
                 f"no linear layer of the model is left as a target by exclude_modules={self.exclude_modules}"
             )
+
+    def _has_default_targets(self) -> bool:
+        """Whether ``target_modules`` is what it is when nothing is said."""
+        default = next(f for f in fields(self) if f.name == "target_modules").default_factory
+        return default is not MISSING and list(self.target_modules or []) == default()
 
 
 def _let_train(layer: AdaptedLayer, ids: set[int]) -> None:

@@ -401,3 +401,17 @@ def test_refused_calls_leave_the_model_as_it_was(options: dict[str, Any], error:
     assert trained(model) == names
     assert not adapters(model)
     assert not model.training
+
+
+def test_default_targets_that_a_model_lacks_are_passed_over_but_some_must_be_there() -> None:
+    class NoAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear_fc1, self.linear_fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    model = LoRA(dim=4)(NoAttention())
+    assert isinstance(model.linear_fc1, AdaptedLayer)
+    with pytest.raises(TargetError, match="'linear_qkv' is the name of no module"):
+        LoRA(dim=4)(nn.Sequential(nn.Linear(8, 8)))
+    with pytest.raises(TargetError, match="'linear_qkv' is the name of no module"):
+        LoRA(["linear_fc1", "linear_qkv"], dim=4)(NoAttention())
