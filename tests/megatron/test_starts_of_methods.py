@@ -41,13 +41,17 @@ if TYPE_CHECKING:
     from starting import Options
 
 
+def with_and_without_sequence_parallelism(method: str) -> list[Options]:
+    return [started(method, sequence) for sequence in (False, True)]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_start_is_that_of_one_process_and_the_same_on_all_ranks(ranks: Ranks, method: str) -> None:
     expected = alone(method)
     # Directions with least energy hang on the last digits of sums, whose order is another one here.
     allowed = 2e-4 if method == "lora_null" else 1e-5
-    for sequence in (False, True):
-        by_rank = ranks.run(started, method, sequence)
+    results = ranks.run(with_and_without_sequence_parallelism, method)
+    for by_rank in zip(*results, strict=True):
         for name, (a, b) in expected["factors"].items():
             for found in by_rank:
                 assert all(map(torch.equal, found["factors"][name], by_rank[0]["factors"][name]))
