@@ -67,7 +67,7 @@ def save_adapter(
     with failing_together():
         shards = adapter_shards(model)
         kind = _kind(model, peft)
-    kinds = [one for one in everyone(kind) if one]
+    kinds = sorted(one for one in everyone(kind) if one)  # canonical_lora before lora
     if not kinds:
         raise ModelError("the model has no adapters to save; adapt it first: LoRA(...)(model)")
     mine = _owned(list(shards.values()))
@@ -142,12 +142,17 @@ def _agreed(folder: str | os.PathLike[str]) -> tuple[int, Path]:
 def _kind(model: Model, peft: PEFT | None) -> str:
     """Which adapters a model has, one of `smartinit.formats.megatron_folder.PEFT_TYPES`; empty: none on this rank."""
     kinds = {_kind_of(layer.adapter) for _, layer in adapted_layers(model)}
+    if "canonical_lora" in kinds:  # its layers that are not fused have plain adapters
+        kinds.discard("lora")
     if not kinds:
         return ""
     if kinds == {"lora", "canonical_lora"} or (kinds == {"lora"} and type(peft).__name__ == "CanonicalLoRA"):
         kinds = {"canonical_lora"}  # whose layers that are not fused have plain adapters
     if peft is not None:
         named = next((_TYPES[kind.__name__] for kind in type(peft).__mro__ if kind.__name__ in _TYPES), None)
+        plain = named == "canonical_lora" and kinds == {"lora"}  # no fused layer on this rank
+        if plain:
+            kinds = {"canonical_lora"}
         if named is None or kinds != {named}:
             raise ConfigError(
                 f"the model has adapters of kind {', '.join(sorted(kinds))}, but a {type(peft).__name__} was given; "

@@ -16,7 +16,8 @@ from torch import nn
 
 from smartinit.errors import ArtefactError, ConfigError, MissingFileError, ModelError, OutputError, VerificationError
 from smartinit.formats.megatron_folder import MARKER, ShardedFolder
-from smartinit.megatron import LoRA, load_adapter, save_adapter
+from smartinit.megatron import CanonicalLoRA, DoRA, LoRA, load_adapter, save_adapter
+from smartinit.megatron.shards import adapter_shards
 from smartinit.megatron.stand_ins import ColumnParallelLinear, RowParallelLinear
 from smartinit.megatron.walk import adapted_layers
 
@@ -29,6 +30,8 @@ TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
 class Config:
     gated_linear_unit = True
+    hidden_size = HIDDEN
+    ffn_hidden_size = FFN
     moe_router_topk = 2
 
 
@@ -41,7 +44,7 @@ class Layer(nn.Module):
         both: dict[str, Any] = dict(tp_group=tp, config=Config())
 
         def mlp(**more: Any) -> dict[str, nn.Module]:
-            fc1 = ColumnParallelLinear(HIDDEN, 2 * FFN, **both, **more)
+            fc1 = ColumnParallelLinear(HIDDEN, 2 * FFN, stride=2, **both, **more)
             return {"linear_fc1": fc1, "linear_fc2": RowParallelLinear(FFN, HIDDEN, **both, **more)}
 
         qkv = ColumnParallelLinear(HIDDEN, 2 * HIDDEN, tp_group=tp).to(dtype)
@@ -299,3 +302,34 @@ def test_replicas_are_saved_once_and_their_drift_is_told(two_ranks: Ranks, tmp_p
     assert len(second) == 1
     assert "on rank 1 than on rank 0, whose are saved" in second[0]
     assert [path.name for path in (tmp_path / "adapter").glob("*.safetensors")] == ["shard-00000-of-00002.safetensors"]
+
+
+def save_other(folder: str, kind: str) -> None:
+    """Weights that depend on nothing but their name, in shards."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    peft = DoRA(TARGETS, dim=RANK) if kind == "dora" else CanonicalLoRA(["linear_fc1_up", "linear_proj"], dim=RANK)
+    model = peft(Model(range(2), group_of(size), None, 1, torch.float32))
+    for key, shard in adapter_shards(model).items():
+        name = re.sub(r"local_experts\.\d+", "local_experts", key)  # they share one adapter
+        whole = torch.randn(shard.shape, generator=torch.Generator().manual_seed(sum(map(ord, name))))
+        for ranges, at in shard.parts:
+            into = tuple(slice(first, first + b - a) for first, (a, b) in zip(at, ranges, strict=True))
+            shard.parameter.data[into] = whole[tuple(slice(*pair) for pair in ranges)]
+    before = values(model)
+    save_adapter(model, folder, peft)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    load_adapter(model, folder)
+    after = values(model)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", ["dora", "canonical_lora"])
+def test_other_kinds_of_adapters_load_at_another_number_of_ranks(two_ranks: Ranks, tmp_path: Path, kind: str) -> None:
+    save_other(str(tmp_path / "one"), kind)
+    two_ranks.run(save_other, str(tmp_path / "two"), kind)
+    one, two = (ShardedFolder.open(tmp_path / name) for name in ("one", "two"))
+    assert one.config["peft_type"] == two.config["peft_type"] == kind
+    assert list(one.keys()) == list(two.keys())
+    for key in one.keys():  # noqa: SIM118 - not a dict
+        assert torch.equal(one.read(key), two.read(key)), key
