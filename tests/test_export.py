@@ -301,6 +301,22 @@ def test_other_ranks_and_alphas_by_layer(case: Callable[..., Case], rslora: bool
     assert torch.allclose(outputs(one.loaded(tmp_path / "back")), one.logits, rtol=0, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")  # they do
+def test_patterns_know_parameters_by_their_names(case: Callable[..., Case], tmp_path: Path) -> None:
+    one = case(
+        "mixtral",
+        rank_pattern={"mlp.experts.gate_up_proj": 2},
+        alpha_pattern={"mlp.gate.weight": 10, "mlp.experts.down_proj": 3},
+    )
+    export_adapter(one.adapter, tmp_path / "megatron", model=one.model_folder)
+    base, merged = fused_weights(one.base, one.heads), fused_weights(one.merged, one.heads)
+    for layer in ("mlp.router", "mlp.experts.linear_fc1", "mlp.experts.linear_fc2"):
+        name = f"decoder.layers.1.{layer}"
+        assert torch.allclose(adapted_weight(tmp_path / "megatron", name, base[name]), merged[name], atol=1e-12), name
+    export_adapter(tmp_path / "megatron", tmp_path / "back", to="peft")
+    assert torch.allclose(outputs(one.loaded(tmp_path / "back")), one.logits, rtol=0, atol=1e-12)
+
+
 def test_only_q_and_v(case: Callable[..., Case], tmp_path: Path) -> None:
     one = case(target_modules=["q_proj", "v_proj"], shared=False)
     done = export_adapter(one.adapter, tmp_path / "megatron", model=one.model_folder, fuse="exact")
