@@ -36,7 +36,9 @@ class _MLP(nn.Module):
         self.gated = bool(getattr(config, "gated_linear_unit", False))
         options: dict[str, Any] = {"tp_group": tp_group, "config": config, "generator": generator}
         options |= {"bias": False, "skip_bias_add": True, "is_expert": True, "num_gemms": num_gemms}
-        self.linear_fc1 = ColumnParallelLinear(hidden_size, ffn_hidden_size * (1 + self.gated), **options)
+        self.linear_fc1 = ColumnParallelLinear(
+            hidden_size, ffn_hidden_size * (1 + self.gated), stride=1 + self.gated, **options
+        )
         self.linear_fc2 = RowParallelLinear(ffn_hidden_size, hidden_size, **options)
 
     def rows(self, x: torch.Tensor, probs: torch.Tensor, *splits: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,7 @@ class _ParallelLinear(nn.Module):
         is_expert: whether it belongs to an expert: then nothing is exchanged in the layer.
         num_gemms: of a grouped layer, the number of experts; their weights are ``weight0``, ``weight1``, …
         config: whatever the model has to say of itself: ``gated_linear_unit``, ``moe_router_topk``, …
+        stride: blocks of rows that are shared out one by one: 2 for the gate and up projections of a ``linear_fc1``.
         generator: of the weights; the same state on every rank.
     """
 
@@ -61,11 +62,12 @@ class _ParallelLinear(nn.Module):
         is_expert: bool = False,
         num_gemms: int = 0,
         config: Any = None,  # noqa: ANN401 - Megatron's is a class of its own
+        stride: int = 1,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.input_size, self.output_size = input_size, output_size
-        self.skip_bias_add, self.tp_group, self.config = skip_bias_add, tp_group, config
+        self.skip_bias_add, self.tp_group, self.config, self.stride = skip_bias_add, tp_group, config, stride
         self.sequence_parallel, self.is_expert = sequence_parallel, is_expert
         self.explicit_expert_comm = is_expert and size_of(tp_group) > 1
         if num_gemms:
@@ -88,8 +90,7 @@ class _ParallelLinear(nn.Module):
         dim = self.partition_dim
         if whole.shape[dim] % size:
             raise ConfigError(f"{whole.shape[dim]} features cannot be shared evenly by {size} tensor-parallel ranks")
-        gated = dim == 0 and bool(getattr(self.config, "gated_linear_unit", False))
-        return shard_rows(whole, rank_of(self.tp_group), size, gated=gated, dim=dim)
+        return shard_rows(whole, rank_of(self.tp_group), size, gated=dim == 0 and self.stride == 2, dim=dim)  # noqa: PLR2004
 
     def _product(self, x: torch.Tensor, m_splits: Sequence[int] | torch.Tensor | None) -> torch.Tensor:
         """``W x``, by each expert for its own rows."""

@@ -35,7 +35,7 @@ class Block(nn.Module):
         super().__init__()
         self.linear_qkv = ColumnParallelLinear(H, 2 * H, **options)
         self.linear_proj = RowParallelLinear(2 * H, H, **options)
-        self.linear_fc1 = ColumnParallelLinear(H, 2 * FFN, config=Config(), **options)
+        self.linear_fc1 = ColumnParallelLinear(H, 2 * FFN, config=Config(), stride=2, **options)
         self.linear_fc2 = RowParallelLinear(FFN, H, **options)
         self.plain = nn.Linear(H, H)
         nn.init.normal_(self.plain.weight, std=0.2, generator=options["generator"])

@@ -84,10 +84,8 @@ def on_this_rank(layer: str, parts: tuple[str, ...], options: dict[str, Any], to
     group = dist.group.WORLD if dist.is_initialized() else None
     size, rank = (dist.get_world_size(), dist.get_rank()) if group else (1, 0)
     gated = layer == "linear_fc1"
-    config = CONFIG if gated else SimpleNamespace(**{**vars(CONFIG), "gated_linear_unit": False})
-    base = ColumnParallelLinear(
-        IN, ROWS[layer], tp_group=group, config=config, generator=torch.Generator().manual_seed(5), **options
-    )
+    options = {**options, "stride": 1 + gated, "generator": torch.Generator().manual_seed(5)}
+    base = ColumnParallelLinear(IN, ROWS[layer], tp_group=group, config=CONFIG, **options)
     calls: list[int] = []
     base.register_forward_hook(lambda *_: calls.append(1))
     canonical = CanonicalLoRA([TARGETS[part] for part in parts], dim=RANK, alpha=SCALING * RANK)
@@ -289,9 +287,8 @@ def grouped_experts(size: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     group = dist.group.WORLD if size > 1 else None
     config = SimpleNamespace(gated_linear_unit=True)
     generator = torch.Generator().manual_seed(5)
-    base = ColumnParallelLinear(
-        IN, 24, tp_group=group, config=config, generator=generator, num_gemms=2, is_expert=True, bias=False
-    )
+    options = dict(generator=generator, num_gemms=2, is_expert=True, bias=False, stride=2)
+    base = ColumnParallelLinear(IN, 24, tp_group=group, config=config, **options)
     model = nn.Module()
     model.mlp = nn.Module()
     model.mlp.experts = nn.ModuleDict({"linear_fc1": base})
@@ -320,7 +317,7 @@ def saved(folder: str) -> None:
     model = nn.ModuleDict(
         {
             "linear_qkv": ColumnParallelLinear(IN, ROWS["linear_qkv"], tp_group=group),
-            "linear_fc1": ColumnParallelLinear(IN, ROWS["linear_fc1"], tp_group=group, config=CONFIG),
+            "linear_fc1": ColumnParallelLinear(IN, ROWS["linear_fc1"], tp_group=group, config=CONFIG, stride=2),
             "linear_fc2": nn.Linear(12, IN),
         }
     )

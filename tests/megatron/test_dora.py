@@ -76,8 +76,8 @@ def dense(dropped: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
 def layer_of(kind: str, options: dict[str, Any], gated: bool = False, **dora: Any) -> Any:
     make = ColumnParallelLinear if kind == "column" else RowParallelLinear
     group = dist.group.WORLD if dist.is_initialized() else None
-    config = Config() if gated else None
-    base = make(IN, OUT, tp_group=group, generator=torch.Generator().manual_seed(5), config=config, **options)
+    options = {**options, "config": Config(), "stride": 2} if gated else options
+    base = make(IN, OUT, tp_group=group, generator=torch.Generator().manual_seed(5), **options)
     return DoRA(["linear_fc1"], dim=RANK, **dora)(nn.ModuleDict({"linear_fc1": base}))["linear_fc1"]
 
 
@@ -398,7 +398,7 @@ def saved(folder: str) -> None:
     group = dist.group.WORLD if dist.is_initialized() else None
     model = nn.ModuleDict(
         {
-            "linear_fc1": ColumnParallelLinear(IN, OUT, tp_group=group, config=Config()),
+            "linear_fc1": ColumnParallelLinear(IN, OUT, tp_group=group, config=Config(), stride=2),
             "linear_fc2": RowParallelLinear(IN, OUT, tp_group=group),
         }
     )

@@ -217,7 +217,7 @@ def overlapped() -> dict[str, torch.Tensor]:
     """A shared expert as with overlap: sequence-parallel layers whose communication is done outside of them."""
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     options: dict[str, Any] = dict(bias=False, skip_bias_add=True, tp_group=group, sequence_parallel=True)
-    fc1 = ColumnParallelLinear(HIDDEN, 2 * FFN, config=config(), **options).double()
+    fc1 = ColumnParallelLinear(HIDDEN, 2 * FFN, config=config(), stride=2, **options).double()
     fc2 = RowParallelLinear(FFN, HIDDEN, **options).double()
     for layer, name in ((fc1, "linear_fc1"), (fc2, "linear_fc2")):
         layer.weight.data.copy_(layer._own(weight_of(name, 0)))

@@ -52,19 +52,18 @@ class Decoder(nn.Module):
 
         def layer() -> nn.Module:
             out = nn.Module()
-            qkv = ColumnParallelLinear(HIDDEN, (HEADS + 2 * GROUPS) * SIZE, **{**options, "config": Attention()})
+            qkv = ColumnParallelLinear(HIDDEN, (HEADS + 2 * GROUPS) * SIZE, **options)
             proj = RowParallelLinear(HEADS * SIZE, HIDDEN, **options)
             out.self_attention = nn.ModuleDict({"linear_qkv": qkv, "linear_proj": proj})
-            fc1, fc2 = ColumnParallelLinear(HIDDEN, 2 * FFN, **options), RowParallelLinear(FFN, HIDDEN, **options)
+            fc1, fc2 = (
+                ColumnParallelLinear(HIDDEN, 2 * FFN, stride=2, **options),
+                RowParallelLinear(FFN, HIDDEN, **options),
+            )
             out.mlp = nn.ModuleDict({"linear_fc1": fc1, "linear_fc2": fc2})
             return out
 
         self.decoder = nn.Module()
         self.decoder.layers = nn.ModuleList(layer() for _ in range(2))
-
-
-class Attention(Config):
-    gated_linear_unit = False  # of the rows of this layer
 
 
 def fused(weights: dict[str, torch.Tensor], layer: int) -> dict[str, torch.Tensor]:

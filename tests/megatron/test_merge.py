@@ -55,17 +55,16 @@ class Block(nn.Module):
         options: dict[str, Any] = dict(
             tp_group=group, config=CONFIG, generator=torch.Generator().manual_seed(5), bias=False
         )
-        plain = SimpleNamespace(**{**vars(CONFIG), "gated_linear_unit": False})  # else the stand-in cuts it in halves
-        self.linear_qkv = ColumnParallelLinear(H, QKV, **{**options, "config": plain})
+        self.linear_qkv = ColumnParallelLinear(H, QKV, **options)
         self.linear_proj = RowParallelLinear(H, H, **options)
         options["is_expert"] = True
         self.mlp = nn.Module()
         self.mlp.experts = nn.Module()
-        self.mlp.experts.linear_fc1 = ColumnParallelLinear(H, 2 * F, num_gemms=2, **options)
+        self.mlp.experts.linear_fc1 = ColumnParallelLinear(H, 2 * F, num_gemms=2, stride=2, **options)
         self.mlp.experts.linear_fc2 = RowParallelLinear(F, H, num_gemms=2, **options)
         self.mlp.experts.local_experts = nn.ModuleList(nn.Module() for _ in range(2))
         for expert in self.mlp.experts.local_experts:
-            expert.linear_fc1 = ColumnParallelLinear(H, 2 * F, **options)
+            expert.linear_fc1 = ColumnParallelLinear(H, 2 * F, stride=2, **options)
             expert.linear_fc2 = RowParallelLinear(F, H, **options)
         self.to(dtype)
 

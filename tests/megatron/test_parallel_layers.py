@@ -60,7 +60,8 @@ def parallel(kind: str, options: dict[str, Any], gated: bool) -> dict[str, torch
     lora = LoRA(target_modules=["linear_fc1"], dim=RANK, a2a_experimental=options.pop("a2a", False))
     make = ColumnParallelLinear if kind == "column" else RowParallelLinear
     generator = torch.Generator().manual_seed(5)
-    base = make(IN, OUT, tp_group=group, generator=generator, config=Config() if gated else None, **options)
+    halves = {"config": Config(), "stride": 2} if gated else {}
+    base = make(IN, OUT, tp_group=group, generator=generator, **halves, **options)
     base.skip_bias_add = bool(options.get("is_expert"))
     model = lora(nn.ModuleDict({"linear_fc1": base}))
     layer = model["linear_fc1"]
@@ -156,7 +157,7 @@ def start(method: str, size: int, kind: str) -> tuple[torch.Tensor, torch.Tensor
     make = ColumnParallelLinear if kind == "column" else RowParallelLinear
     torch.manual_seed(dist.get_rank() + 7)  # ranks need not agree
     model = LoRA(["linear_fc1"], dim=RANK, lora_A_init_method=method, lora_B_init_method=method)(
-        nn.ModuleDict({"linear_fc1": make(IN, OUT, tp_group=group, config=Config())})
+        nn.ModuleDict({"linear_fc1": make(IN, OUT, tp_group=group, config=Config(), stride=2)})
     )
     return model["linear_fc1"].adapter.whole()
 
