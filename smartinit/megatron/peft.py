@@ -92,29 +92,15 @@ class PEFT(ModuleMatcher):
             ModelError: a target that cannot have an adapter. The model is as it was after each of these.
         """
         self.check()
-        found = self._targets(model)
-        seed = common_seed()
-        # Of each chunk its own: layers of two chunks that do not know their numbers have the same names.
-        shared: dict[int, dict[str, nn.Module]] = {id(chunk): {} for chunk in chunks_of(model)}
-        made: list[tuple[nn.Module, Place, nn.Module]] = []
-        try:
-            with failing_together():
-                for chunk, place, pattern in found:
-                    made.append((chunk, place, self.adapted(place, pattern, seed=seed, shared=shared[id(chunk)])))
-            self.start([(place, module) for _, place, module in made], seed=seed)
-        except BaseException:
-            for _, _, module in made:
-                if isinstance(module, AdaptedLayer):
-                    module.unwrapped()
-            raise
+        made, started = self._made(model)
         kept = {id(p) for _, layer in adapted_layers(model) for p in layer.adapter.parameters() if p.requires_grad}
         self.freeze_model(model, training=training)
         whole: Model = model
         for chunk, place, module in made:
             whole = install(whole, chunk, place, module)
+        new = {id(p) for layer in started if isinstance(layer, AdaptedLayer) for p in layer.adapter.parameters()}
         for _, layer in adapted_layers(whole):
-            new = any(layer is module for _, _, module in made)
-            _let_train(layer, {id(p) for p in layer.adapter.parameters() if training and (new or id(p) in kept)})
+            _let_train(layer, kept | new if training else set())
         for chunk in whole if isinstance(whole, list) else [whole]:
             chunk.train(training)
         if training:
@@ -122,6 +108,33 @@ class PEFT(ModuleMatcher):
         if made and training:
             warn_of_wrappers(whole)
         return cast("M", whole)
+
+    def _made(self, model: Model) -> tuple[list[tuple[nn.Module, Place, nn.Module]], list[nn.Module]]:
+        """Chunk, place and adapted layer of every target, started but not installed; and these layers, each once.
+
+        Raises:
+            ConfigError, TargetError, ModelError: see `__call__`; nothing has changed then.
+        """
+        found = self._targets(model)
+        seed = common_seed()
+        # Of each chunk its own: layers of two chunks that do not know their numbers have the same names.
+        shared: dict[int, dict[str, nn.Module]] = {id(chunk): {} for chunk in chunks_of(model)}
+        made: list[tuple[nn.Module, Place, nn.Module]] = []
+        layers: dict[int, tuple[Place, nn.Module]] = {}  # a module that is used in two places has one adapter
+        try:
+            with failing_together():
+                for chunk, place, pattern in found:
+                    if id(place.module) not in layers:
+                        layer = self.adapted(place, pattern, seed=seed, shared=shared[id(chunk)])
+                        layers[id(place.module)] = (place, layer)
+                    made.append((chunk, place, layers[id(place.module)][1]))
+            self.start(list(layers.values()), seed=seed)
+        except BaseException:
+            for _, layer in layers.values():
+                if isinstance(layer, AdaptedLayer):
+                    layer.unwrapped()
+            raise
+        return made, [layer for _, layer in layers.values()]
 
     def transform(self, module: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
         """One module with its adapter, if it is a target; else the module itself.

@@ -141,8 +141,9 @@ def _walk(place: Place, seen: set[int]) -> Iterator[Place]:
     if isinstance(place.module, AdaptedLayer) or id(place.module) in seen:
         return
     seen.add(id(place.module))
-    for name, child in place.module.named_children():
-        yield from _walk(_inside(place, name, child), seen)
+    for name, child in place.module._modules.items():  # noqa: SLF001 - named_children leaves out second names
+        if child is not None:
+            yield from _walk(_inside(place, name, child), seen)
 
 
 def _inside(place: Place, name: str, child: nn.Module) -> Place:

@@ -415,3 +415,20 @@ def test_default_targets_that_a_model_lacks_are_passed_over_but_some_must_be_the
         LoRA(dim=4)(nn.Sequential(nn.Linear(8, 8)))
     with pytest.raises(TargetError, match="'linear_qkv' is the name of no module"):
         LoRA(["linear_fc1", "linear_qkv"], dim=4)(NoAttention())
+
+
+def test_a_module_in_two_places_has_one_adapter() -> None:
+    layer = nn.Linear(WIDTH, WIDTH)
+    model = nn.ModuleDict(
+        {"first": nn.ModuleDict({"linear_fc1": layer}), "second": nn.ModuleDict({"linear_fc1": layer})}
+    )
+    LoRA(["linear_fc1"], dim=DIM)(model)
+    one, other = model["first"]["linear_fc1"], model["second"]["linear_fc1"]
+    assert one is other
+    twice = nn.Module()
+    twice.linear_fc1 = twice.linear_fc2 = nn.Linear(WIDTH, WIDTH)
+    LoRA(["linear_fc1"], dim=DIM)(twice)
+    assert isinstance(twice.linear_fc1, AdaptedLayer)
+    assert isinstance(twice.linear_fc2, nn.Linear)  # its name is no target
+    assert one.to_wrap is layer
+    assert len([p for p in model.parameters() if p.requires_grad]) == 2
