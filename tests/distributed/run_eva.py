@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -72,7 +73,8 @@ def main() -> None:
                 state = si.get_eva_state_dict(model, data, config, show_progress_bar=False)
         except SmartinitError as error:
             sys.stdout.write(f"{type(error).__name__}: {error}\n")
-            sys.exit(3)
+            sys.stdout.flush()
+            os._exit(3)  # a group that is torn down while its peers wait may abort the process
         state["sent"] = torch.tensor(sum(sent))
         if WORLD == 1:
             state |= scatters(model)
