@@ -11,7 +11,7 @@ from smartinit.adapters.parallel.initial import fill
 from smartinit.adapters.parallel.split import SplitAdapter, SplitLayer, attention_rows, gated_rows, part_of
 from smartinit.errors import ConfigError
 from smartinit.megatron.lora import LoRA
-from smartinit.megatron.peft import PEFT
+from smartinit.megatron.startable import Startable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from smartinit.adapters.parallel.split import Interleaving
     from smartinit.megatron.walk import Place
+    from smartinit.methods.base import Method
 
 # Projection -> the layer that computes it, and the name of its adapter there.
 _FUSED = {
@@ -33,7 +34,7 @@ _LAYERS = {layer for layer, _ in _FUSED.values()}
 
 
 @dataclass
-class CanonicalLoRA(PEFT):
+class CanonicalLoRA(Startable):
     """LoRA as models with separate projections have it: q, k, v, gate and up each with an A and a B of its own.
 
     Their adapters stand beside the fused layers, as ``….linear_qkv.adapter.adapter_q.linear_in.weight`` and so on; a
@@ -49,7 +50,9 @@ class CanonicalLoRA(PEFT):
         alpha: updates are scaled by ``alpha / dim``.
         dropout: see `LoRA`.
         dropout_position: see `LoRA`.
-        lora_A_init_method: see `LoRA`.
+        lora_A_init_method: see `LoRA`. Each projection starts as a layer of its own would, with the rows of the fused
+            weight that are its; methods that quantise weights cannot do that. In what `initialize` returns it has the
+            name of its layer and its adapter, ``….linear_qkv.adapter_q``.
         lora_B_init_method: see `LoRA`.
 
     Raises:
@@ -72,7 +75,7 @@ class CanonicalLoRA(PEFT):
     alpha: float = 32
     dropout: float = 0.0
     dropout_position: Literal["pre", "post"] = "pre"
-    lora_A_init_method: str = "xavier"
+    lora_A_init_method: str | Method = "xavier"
     lora_B_init_method: str = "zero"
 
     def __post_init__(self) -> None:
@@ -112,7 +115,7 @@ class CanonicalLoRA(PEFT):
             if asked and part not in asked:
                 continue
             adapter = adapters[part] = plain.adapter(place, part_of(base, rows, part), expert=expert)
-            methods = self.lora_A_init_method, self.lora_B_init_method
+            methods = self.a_initial, self.lora_B_init_method
             name = f"{place.whole_name}.{part}"
             fill(adapter, *methods, seed=seed, name=name, first_expert=place.first_expert)
         return SplitLayer(place.module, SplitAdapter(adapters, rows), base, place.name)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from smartinit.adapters.parallel.collectives import gather, gathered, shard, size_of
+from smartinit.adapters.parallel.split import SplitAdapter
 from smartinit.formats.rows import join_rows, shard_rows
 
 if TYPE_CHECKING:
@@ -25,7 +26,15 @@ _SEQUENCE_FIRST = 3  # dimensions of Megatron's activations: (tokens, batch, fea
 
 
 class Ear(nn.Module):
-    """Where `smartinit.activations` puts its hooks: its input is that of a whole layer, and so is its output."""
+    """Where `smartinit.activations` puts its hooks: its input is that of a whole layer, and so is its output.
+
+    Args:
+        part: of a layer with several projections, the adapter of the one whose output it hears; None: all of it.
+    """
+
+    def __init__(self, part: str | None = None) -> None:
+        super().__init__()
+        self.part = part
 
     def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         """``y``, the part of the layer's output that goes through here."""
@@ -38,7 +47,7 @@ def listening(ears: Iterable[tuple[Ear, Sequence[AdaptedLayer]]], *, gradients: 
 
     Args:
         ears: each with its layers: one, or the same layer of several experts. Several ears at one layer have an expert
-            each.
+            each, or a projection, or a projection of an expert.
         gradients: whether the gradients of their outputs are wanted too.
 
     Cost: of a row-parallel layer, and of every layer with sequence parallelism, the inputs of all ranks are gathered.
@@ -54,7 +63,7 @@ def listening(ears: Iterable[tuple[Ear, Sequence[AdaptedLayer]]], *, gradients: 
                 layer.enable_adapter_layers()
                 stack.callback(layer.disable_adapter_layers)
             # In place of the method, for as long as this lasts.
-            vars(layer)["adapted"] = partial(_hear, layer.base, own, around, gradients)
+            vars(layer)["adapted"] = partial(_hear, layer, own, around, gradients)
             stack.callback(vars(layer).pop, "adapted")
         yield
 
@@ -84,7 +93,7 @@ class _Around:
 
 
 def _hear(
-    base: ParallelBase,
+    layer: AdaptedLayer,
     ears: Sequence[Ear],
     around: _Around,
     gradients: bool,
@@ -95,14 +104,38 @@ def _hear(
 ) -> torch.Tensor:
     """What stands for `AdaptedLayer.adapted`: the base layer's output, which has been through the ears."""
     counts = args[0] if args else kwargs.get("m_splits", kwargs.get("tokens_per_expert"))
-    base = around.settled(base, rows)
+    base = around.settled(layer.base, rows)
     whole = whole_input(rows, base)
+    by_part: dict[str | None, list[Ear]] = {}
+    for ear in ears:
+        by_part.setdefault(ear.part, []).append(ear)
     if not gradients:
         if around.megatron and whole.dim() == _SEQUENCE_FIRST:
             whole = whole.transpose(0, 1)  # as masks are: (batch, tokens)
-        for ear, part in zip(ears, _parts(whole, counts, len(ears)), strict=True):
-            ear(part)
+        for same in by_part.values():
+            for ear, part in zip(same, _parts(whole, counts, len(same)), strict=True):
+                ear(part)
         return output
+    adapter = layer.adapter
+    if not isinstance(adapter, SplitAdapter):
+        return _through(ears, whole, output, base, counts)
+    changed, shards = {}, base.size if base.whole_output else 1
+    for name, same in by_part.items():
+        assert name is not None  # noqa: S101 - see `smartinit.megatron.sharded_target.targets_of`
+        own = adapter.rows.part(output, name, -1, shards)
+        beside = around.settled(adapter.base_of(name), rows)
+        changed[name] = _through(same, whole, own.flatten(-3), beside, counts).view(own.shape)
+    return adapter.rows.replaced(output, changed, shards)
+
+
+def _through(
+    ears: Sequence[Ear],
+    whole: torch.Tensor,
+    output: torch.Tensor,
+    base: ParallelBase,
+    counts: Any,  # noqa: ANN401 - the layer's argument
+) -> torch.Tensor:
+    """An output that has been, whole, through the ears: one, or one for each expert's rows of it."""
     outputs = _parts(whole_output(output, base), counts, len(ears))
     parts = zip(ears, _parts(whole, counts, len(ears)), outputs, strict=True)
     # The hooks change what they are given in place.
@@ -129,21 +162,18 @@ def whole_output(y: torch.Tensor, base: ParallelBase) -> torch.Tensor:
     """All features of all tokens of a layer's output, or what has the gradient of that; collective over the group."""
     if base.size == 1:
         return y
-    if base.split == "column" and not base.whole_output:
-        joined = gather(y, -1, base.group, gradient="slice").chunk(base.size, -1)
-        return join_rows(joined, gated=base.gated, dim=-1)
-    if base.split != "column" and base.sequence:
-        return gather(y, base.token_dim, base.group, gradient="slice")
-    return y
+    if base.split != "column":
+        return gather(y, base.token_dim, base.group, gradient="slice") if base.sequence else y
+    joined = y if base.whole_output else gather(y, -1, base.group, gradient="slice")
+    return join_rows(joined.chunk(base.size, -1), gated=True, dim=-1) if base.gated else joined
 
 
 def own_output(y: torch.Tensor, base: ParallelBase) -> torch.Tensor:
     """The inverse of `whole_output`, whose gradient is gathered."""
     if base.size == 1:
         return y
-    if base.split == "column" and not base.whole_output:
-        parts = [shard_rows(y, rank, base.size, gated=base.gated, dim=-1) for rank in range(base.size)]
-        return shard(torch.cat(parts, -1), -1, base.group)
-    if base.split != "column" and base.sequence:
-        return shard(y, base.token_dim, base.group)
-    return y
+    if base.split != "column":
+        return shard(y, base.token_dim, base.group) if base.sequence else y
+    if base.gated:
+        y = torch.cat([shard_rows(y, rank, base.size, gated=True, dim=-1) for rank in range(base.size)], -1)
+    return y if base.whole_output else shard(y, -1, base.group)

@@ -92,6 +92,13 @@ def check_layers(method: Method, targets: Sequence[ShardedTarget], *, pieces: bo
             f"'{shared.name}' serves several experts; set share_expert_adapters=False, or use a method that reads "
             "neither (eva, orthogonal, gaussian)"
         )
+    part = next((target for target in targets if target.part is not None), None)
+    if part is not None and method.effect == "quantises":
+        raise ConfigError(
+            f"'{method.name}' quantises base weights, but that of '{part.name}' is only some rows of the weight of its "
+            "layer, which is stored, and quantised, as a whole; use LoRA, with one adapter beside the layer, or a "
+            "method that does not quantise (pissa, olora, …)"
+        )
     if method.needs is not None and pieces:
         raise ConfigError(
             f"'{method.name}' reads data, but no process has all layers of a model that is cut into pieces (pipeline "

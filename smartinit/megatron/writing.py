@@ -49,7 +49,7 @@ def check_unchanged(targets: Iterable[ShardedTarget]) -> None:
         ModelError: one has given up an earlier start.
     """
     for target in targets:
-        if given_up(target.layer, target.weight_name) is not None:
+        if given_up(target.layer, target.note) is not None:
             raise ModelError(
                 f"the weight of '{target.name}' has given up an earlier start, so it is not the original any more; "
                 "load the base model again, or give it back first (restore_base)"
@@ -63,7 +63,7 @@ def check_restorable(targets: Iterable[ShardedTarget]) -> None:
         ModelError: a weight was quantised, and nobody has its original.
     """
     for target in targets:
-        start = given_up(target.layer, target.weight_name)
+        start = given_up(target.layer, target.note)
         if start is not None and start.effect == "quantises":
             raise ModelError(
                 f"the weight of '{target.name}' was quantised by its start, and the original is gone; load the base "
@@ -109,8 +109,8 @@ def write(targets: Sequence[ShardedTarget], factors: Mapping[str, Factors]) -> N
         a, b = rounded(target, pair)
         own = _own(target, a, "in"), _own(target, b, "out")
         if pair.effect in _CHANGING:
-            target.changeable_weight().copy_(_changed(target, pair, a, b))
-            _notes(target.layer)[target.weight_name] = GivenUp(*own, adapter.scaling, pair.effect)
+            target.change_weight(_changed(target, pair, a, b))
+            _notes(target.layer)[target.note] = GivenUp(*own, adapter.scaling, pair.effect)
         for factor, shard in zip((adapter.linear_in, adapter.linear_out), own, strict=True):
             (factor.weight if target.expert is None else factor.weight[target.expert]).copy_(shard)
         _set_trained(adapter, pair.trains)
@@ -121,19 +121,19 @@ def write(targets: Sequence[ShardedTarget], factors: Mapping[str, Factors]) -> N
 def restore_base(targets: Sequence[ShardedTarget]) -> None:
     """Give base weights back what splits took from them, to a rounding; adapters stay as they are. Collective."""
     for target in targets:
-        if (start := given_up(target.layer, target.weight_name)) is None:
+        if (start := given_up(target.layer, target.note)) is None:
             continue
         stored = target.changeable_weight()
         delta = target.delta(_joined(target, start.a, "in"), _joined(target, start.b, "out"), start.scaling)
-        stored.copy_(stored + delta)
-        del _notes(target.layer)[target.weight_name]
+        target.change_weight(stored + delta)
+        del _notes(target.layer)[target.note]
     _reset_magnitudes(targets)
 
 
-def given_up(layer: AdaptedLayer, weight_name: str) -> GivenUp | None:
-    """What one of a layer's base weights gave up; None if it is the original."""
+def given_up(layer: AdaptedLayer, note: str) -> GivenUp | None:
+    """What one of a layer's base weights gave up; None if it is the original. ``note``: see `ShardedTarget.note`."""
     notes = layer._modules.get(_PART)  # noqa: SLF001
-    found = notes[weight_name] if isinstance(notes, nn.ModuleDict) and weight_name in notes else None
+    found = notes[note] if isinstance(notes, nn.ModuleDict) and note in notes else None
     return found if isinstance(found, GivenUp) else None
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from smartinit.adapters.parallel.adapter import LowRankAdapter
 from smartinit.adapters.parallel.layer import AdaptedLayer
 from smartinit.errors import ConfigError
 
@@ -46,6 +47,38 @@ class Interleaving:
         """
         view: torch.Tensor = tensor.unflatten(dim, (self.groups * shards, self.units, -1))
         return view
+
+    def part(self, tensor: torch.Tensor, name: str, dim: int, shards: int = 1) -> torch.Tensor:
+        """A projection's rows: ``(..., groups, its units, width, ...)``, without a copy.
+
+        Args:
+            tensor: see `view`.
+            name: of the projection's adapter.
+            dim: of the rows.
+            shards: see `view`.
+        """
+        own = self.parts[name]
+        units = self.view(tensor, dim, shards)
+        return units.narrow(dim - 1 if dim < 0 else dim + 1, own.start, len(own))
+
+    def replaced(self, tensor: torch.Tensor, parts: Mapping[str, torch.Tensor], shards: int = 1) -> torch.Tensor:
+        """``(..., rows)`` with other rows for some projections.
+
+        Args:
+            tensor: it; not changed.
+            parts: by name, in the shape of `part`.
+            shards: see `view`.
+
+        Cost: one copy.
+        """
+        units = self.view(tensor, -1, shards)
+        pieces, done = [], 0
+        for name, own in self.parts.items():
+            if name in parts:
+                pieces += [units[..., done : own.start, :], parts[name]]
+                done = own.stop
+        pieces.append(units[..., done:, :])
+        return torch.cat(pieces, dim=-2).flatten(-3)
 
 
 def attention_rows(base: ParallelBase, heads: int, groups: int, width: int, name: str) -> Interleaving:
@@ -115,6 +148,12 @@ class SplitAdapter(nn.ModuleDict):
         super().__init__(dict(adapters))
         self.rows = rows
 
+    def base_of(self, name: str) -> ParallelBase:
+        """What the layer does among the ranks, with the rows of one projection."""
+        adapter = self[name]
+        assert isinstance(adapter, LowRankAdapter)  # noqa: S101 - see `part_of`
+        return adapter.base
+
 
 class SplitLayer(AdaptedLayer):
     """A fused layer, of whose projections some have an adapter."""
@@ -130,14 +169,8 @@ class SplitLayer(AdaptedLayer):
         counts = counts if self.base.experts else None
         split = self.adapter.rows
         shards = self.base.size if self.base.whole_output else 1
-        units = split.view(output, -1, shards)
-        pieces, done = [], 0
-        for name, own in split.parts.items():
-            if name not in self.adapter:
-                continue
-            update = self.adapter[name](rows, None, counts).to(output.dtype)
-            update = update.unflatten(-1, (split.groups * shards, len(own), -1))
-            pieces += [units[..., done : own.start, :], units[..., own.start : own.stop, :] + update]
-            done = own.stop
-        pieces.append(units[..., done:, :])
-        return torch.cat(pieces, dim=-2).flatten(-3)
+        parts = {}
+        for name, adapter in self.adapter.items():
+            own = split.part(output, name, -1, shards)
+            parts[name] = own + adapter(rows, None, counts).to(output.dtype).view(own.shape)
+        return split.replaced(output, parts, shards)
