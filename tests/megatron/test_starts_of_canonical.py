@@ -212,12 +212,13 @@ def test_q_k_and_v_read_one_statistic() -> None:
 def test_projections_without_adapter_stay_and_splits_are_given_back_once() -> None:
     model = attentive()
     originals = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    canonical, _ = adapt(model, "pissa", targets=["linear_k", "linear_fc1_up"])
-    for layer, part in (("linear_qkv", "adapter_k"), ("linear_fc1", "adapter_up")):
+    canonical, _ = adapt(model, "pissa", targets=["linear_k", "linear_v", "linear_fc1_up"])
+    for layer, parts in (("linear_qkv", ("adapter_k", "adapter_v")), ("linear_fc1", ("adapter_up",))):
         now, before = model.layers[0].get_submodule(layer).to_wrap.weight, originals[f"layers.0.{layer}.weight"]
-        others = [row for row in range(len(before)) if row not in rows_of(part)]
+        changed = [row for part in parts for row in rows_of(part)]
+        others = [row for row in range(len(before)) if row not in changed]
         assert torch.equal(now[others], before[others])
-        assert relative(now[rows_of(part)], before[rows_of(part)]) > 0.1
+        assert relative(now[changed], before[changed]) > 0.1
     with pytest.raises(
         ModelError, match=r"'layers.0.linear_qkv.adapter_k' has given up an earlier start.*restore_base"
     ):
