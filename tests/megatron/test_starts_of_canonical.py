@@ -183,8 +183,9 @@ def central(sequence: bool) -> dict[str, Options]:
     return {method: started(method, sequence) for method in CENTRAL}
 
 
-@pytest.mark.parametrize("sequence", [False, True])
-def test_any_number_of_ranks_starts_as_one_process(ranks: Ranks, sequence: bool) -> None:
+@pytest.mark.parametrize(("world", "sequence"), [("two", False), ("two", True), ("four", True)])
+def test_any_number_of_ranks_starts_as_one_process(request: pytest.FixtureRequest, world: str, sequence: bool) -> None:
+    ranks: Ranks = request.getfixturevalue(f"{world}_ranks")
     results = ranks.run(central, sequence)
     for method in CENTRAL:
         expected, first = alone(method), results[0][method]
