@@ -9,6 +9,7 @@ from smartinit.adapters.parallel.base import describe
 from smartinit.adapters.parallel.experts import check_expert_group, is_expert
 from smartinit.adapters.parallel.initial import fill
 from smartinit.adapters.parallel.split import SplitAdapter, SplitLayer, attention_rows, gated_rows, part_of
+from smartinit.config import checks
 from smartinit.errors import ConfigError
 from smartinit.megatron.lora import LoRA
 from smartinit.megatron.startable import Startable
@@ -82,7 +83,7 @@ class CanonicalLoRA(Startable):
         """Translate the targets: where their adapters stand, and which of them."""
         if not self.target_modules:
             return
-        mapping = _mapping(self.target_modules)
+        mapping = _mapping(checks.names("target_modules", self.target_modules))
         if self.canonical_mapping not in ({}, mapping):
             raise ConfigError(
                 f"canonical_mapping={self.canonical_mapping} is not what target_modules={self.target_modules} say; "

@@ -15,6 +15,7 @@ from smartinit.adapters.parallel.initial import fill
 from smartinit.adapters.parallel.layer import AdaptedLayer
 from smartinit.adapters.parallel.router import AdaptedRouter, describe_router, is_router
 from smartinit.config import checks
+from smartinit.errors import ConfigError
 from smartinit.megatron.startable import Startable
 
 if TYPE_CHECKING:
@@ -72,6 +73,11 @@ class LoRA(Startable):
         checks.positive("alpha", self.alpha)
         checks.choice("dropout_position", self.dropout_position, ("pre", "post"))
         checks.number("dropout", self.dropout, "a probability below 1", 0, math.nextafter(1, 0))
+        for name in ("a2a_experimental", "normalize_moe_lora", "share_expert_adapters"):
+            checks.boolean(name, getattr(self, name))
+        dtype: object = self.lora_dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ConfigError(f"lora_dtype={dtype!r} cannot be: expected a floating-point torch.dtype or None")
         self.check_starts(self.lora_B_init_method)
 
     def adapted(self, place: Place, pattern: str, *, seed: int, shared: dict[str, nn.Module]) -> nn.Module:

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from smartinit.adapters.parallel.base import is_linear
+from smartinit.config import checks
 from smartinit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,7 +49,10 @@ class ModuleMatcher:
 
         Raises:
             ConfigError: targets and exclusions together.
+            ArgumentError: no lists of names.
         """
+        for name in ("target_modules", "exclude_modules"):
+            checks.names(name, getattr(self, name) or [])
         chosen = list(self.canonical_mapping or self.target_modules or [])
         if chosen and self.exclude_modules:
             raise ConfigError(

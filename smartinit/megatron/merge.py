@@ -15,6 +15,7 @@ from smartinit.adapters.parallel.weights import weight_names
 from smartinit.config import checks
 from smartinit.errors import ConfigError, ModelError
 from smartinit.megatron.agreement import failing_together
+from smartinit.megatron.recompute import keep_gradients_out
 from smartinit.megatron.walk import adapted_layers, chunks_of, install, places
 
 if TYPE_CHECKING:
@@ -194,6 +195,7 @@ class LoRAMerge:
             for place in list(places(chunk)):
                 if isinstance(place.module, AdaptedLayer):
                     whole = install(whole, chunk, place, place.module.unwrapped())
+        keep_gradients_out(whole)
         return cast("M", whole)
 
 

@@ -18,9 +18,9 @@ from smartinit.adapters.parallel.placed import is_data_parallel
 from smartinit.config.checks import closest
 from smartinit.errors import ConfigError, ModelError, TargetError
 from smartinit.megatron.agreement import failing_together
-from smartinit.megatron.matching import ModuleMatcher
+from smartinit.megatron.matching import ModuleMatcher, fits
 from smartinit.megatron.recompute import let_gradients_in
-from smartinit.megatron.walk import Place, adapted_layers, chunks_of, install, places, warn_of_wrappers
+from smartinit.megatron.walk import Place, adapted_layers, chunks_of, install, places, warn_of_meta, warn_of_wrappers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -76,8 +76,9 @@ class PEFT(ModuleMatcher):
     def __call__(self, model: M, training: bool = True) -> M:
         """Freeze the base model and put adapters beside its targets, in place.
 
-        Layers that have an adapter already keep it, trainable as it is. Every rank of the default process group must
-        call this: the ranks agree on a seed and on which patterns have found a module.
+        Layers that have an adapter already keep it, and what of it is trained; one that is a target here and was frozen
+        as a whole is trained again. Every rank of the default process group must call this: the ranks agree on a seed
+        and on which patterns have found a module.
 
         Args:
             model: a module, a list of chunks, or either in a data-parallel wrapper.
@@ -92,13 +93,15 @@ class PEFT(ModuleMatcher):
             ModelError: a target that cannot have an adapter. The model is as it was after each of these.
         """
         self.check()
-        made, started = self._made(model)
         kept = {id(p) for _, layer in adapted_layers(model) for p in layer.adapter.parameters() if p.requires_grad}
+        made, started = self._made(model)
+        again = [layer for place, layer in adapted_layers(model) if self._means(place) and _is_frozen(layer)]
         self.freeze_model(model, training=training)
         whole: Model = model
         for chunk, place, module in made:
             whole = install(whole, chunk, place, module)
-        new = {id(p) for layer in started if isinstance(layer, AdaptedLayer) for p in layer.adapter.parameters()}
+        ours = [layer for layer in started if isinstance(layer, AdaptedLayer)] + again
+        new = {id(p) for layer in ours for p in layer.adapter.parameters()}
         for _, layer in adapted_layers(whole):
             _let_train(layer, kept | new if training else set())
         for chunk in whole if isinstance(whole, list) else [whole]:
@@ -107,6 +110,7 @@ class PEFT(ModuleMatcher):
             let_gradients_in(whole)
         if made and training:
             warn_of_wrappers(whole)
+        warn_of_meta(ours)
         return cast("M", whole)
 
     def _made(self, model: Model) -> tuple[list[tuple[nn.Module, Place, nn.Module]], list[nn.Module]]:
@@ -138,6 +142,8 @@ class PEFT(ModuleMatcher):
 
     def transform(self, module: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
         """One module with its adapter, if it is a target; else the module itself.
+
+        The ranks of the default process group agree on a seed if it is one: all of them must call this for it.
 
         Args:
             module: it; not changed, and not frozen.
@@ -192,8 +198,13 @@ class PEFT(ModuleMatcher):
             layer.enable_adapter_layers()
 
     def disable_adapter_layers(self, model: Model) -> None:
-        """Let the model compute what its base computes."""
-        for _, layer in adapted_layers(model):
+        """Let the model compute what its base computes.
+
+        Raises:
+            ModelError: an adapter is merged; none is switched off then.
+        """
+        layers = [layer for _, layer in adapted_layers(model)]
+        for layer in sorted(layers, key=lambda layer: not layer.merged):  # the one that refuses comes first
             layer.disable_adapter_layers()
 
     @contextmanager
@@ -244,18 +255,21 @@ class PEFT(ModuleMatcher):
         found: list[tuple[nn.Module, Place, str]] = []
         used: set[str] = set()
         names: set[str] = set()
+        excluded: set[str] = set()
         unreachable: Place | None = None
         for chunk in chunks_of(model):
             for place in places(chunk):
                 names.add(place.attribute)
                 if without_layers(place.module) and self._means_experts(place):
                     unreachable = place
-                if (matched := self.match(place.module, place.attribute or None, place.prefix)) is None:
+                excluded.update(p for p in self.exclude_modules if fits(p, place.attribute or None, place.name))
+                layer = place.module.to_wrap if isinstance(place.module, AdaptedLayer) else place.module
+                if (matched := self.match(layer, place.attribute or None, place.prefix)) is None:
                     continue
                 used.update(self.fitting(place.attribute or None, place.prefix) or matched[:1])
                 if not isinstance(place.module, AdaptedLayer) and not self.spares(place.name):
                     found.append((chunk, place, matched[0]))
-        self._check_used(used if unreachable is None else {*used, *self.patterns()}, names)
+        self._check_used(used if unreachable is None else {*used, *self.patterns()}, excluded, names)
         if unreachable is not None:  # said only now, as the other ranks wait for this one in the check
             raise ModelError(
                 f"'{unreachable.name}' ({type(unreachable.module).__name__}) holds its experts' weights itself, so it "
@@ -269,25 +283,35 @@ class PEFT(ModuleMatcher):
             )
         return found
 
+    def _means(self, place: Place) -> bool:
+        """Whether an adapted layer is a target."""
+        layer: Any = place.module
+        return self.match(layer.to_wrap, place.attribute or None, place.prefix) is not None
+
     def _means_experts(self, place: Place) -> bool:
         """Whether a target is a module of experts, or would be one of the layers that others of its kind have."""
         layers = (("linear_fc1", place.name), ("linear_fc2", place.name), (place.attribute, place.prefix))
         return any(self.match(place.module, *layer) is not None for layer in layers)
 
-    def _check_used(self, used: set[str], names: set[str]) -> None:
+    def _check_used(self, used: set[str], excluded: set[str], names: set[str]) -> None:
         """Whether every pattern has found a module on some rank (the others may have other layers); collective."""
         patterns = self.patterns()
-        flags = [pattern in used for pattern in patterns] if patterns else [bool(used)]
+        flags = [pattern in used for pattern in patterns] or [bool(used)]
+        flags += [pattern in excluded for pattern in self.exclude_modules]
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             seen = torch.tensor([float(flag) for flag in flags], device=collective_device())
             dist.all_reduce(seen, op=dist.ReduceOp.MAX)
             flags = [bool(flag) for flag in seen.tolist()]
+        for pattern, flag in zip(self.exclude_modules, flags[len(patterns) or 1 :], strict=True):
+            if not flag:
+                near = closest(pattern.rpartition(".")[2], names)
+                raise TargetError(f"exclude_modules: {pattern!r} is the name of no module in the model{near}")
         named = any(flags) and self._has_default_targets()  # nobody has asked for each of those
         for pattern, flag in zip(patterns, flags, strict=False):
             if not flag and not named:
                 near = closest(pattern.rpartition(".")[2], names)
                 raise TargetError(f"target_modules: {pattern!r} is the name of no module in the model{near}")
-        if not any(flags):
+        if not patterns and not flags[0]:
             raise TargetError(
                 f"no linear layer of the model is left as a target by exclude_modules={self.exclude_modules}"
             )
@@ -296,6 +320,10 @@ class PEFT(ModuleMatcher):
         """Whether ``target_modules`` is what it is when nothing is said."""
         default = next(f for f in fields(self) if f.name == "target_modules").default_factory
         return default is not MISSING and list(self.target_modules or []) == default()
+
+
+def _is_frozen(layer: AdaptedLayer) -> bool:
+    return not any(parameter.requires_grad for parameter in layer.adapter.parameters())
 
 
 def _let_train(layer: AdaptedLayer, ids: set[int]) -> None:

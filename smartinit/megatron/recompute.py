@@ -32,6 +32,15 @@ def let_gradients_in(model: Model) -> None:
                 module.register_forward_pre_hook(_with_gradient, with_kwargs=True)
 
 
+def keep_gradients_out(model: Model) -> None:
+    """Undo `let_gradients_in`."""
+    for chunk in chunks_of(model):
+        for module in chunk.modules():
+            hooks, with_kwargs = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs  # noqa: SLF001
+            for key in [key for key, hook in hooks.items() if hook is _with_gradient]:
+                del hooks[key], with_kwargs[key]
+
+
 def _with_gradient(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -13,7 +13,7 @@ from smartinit.adapters.parallel.collectives import rank_of
 from smartinit.adapters.parallel.layer import AdaptedLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch.distributed import ProcessGroup
 
@@ -87,6 +87,17 @@ def warn_of_wrappers(model: Model) -> None:
                 stacklevel=3,
             )
             return
+
+
+def warn_of_meta(layers: Iterable[AdaptedLayer]) -> None:
+    """Say so if adapters have no values yet, which nobody will draw later."""
+    meta = [layer.name for layer in layers if any(p.is_meta for p in layer.adapter.parameters())]
+    if meta:
+        warnings.warn(
+            f"the adapters of {len(meta)} layers (the first: '{meta[0]}') are on the meta device, as their layers are, "
+            "and have not started; adapt the model once it has values, or load the adapters after to_empty",
+            stacklevel=3,
+        )
 
 
 def _wrappers(model: nn.Module) -> Iterator[nn.Module]:

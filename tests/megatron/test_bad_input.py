@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from smartinit.adapters.parallel.layer import AdaptedLayer
-from smartinit.errors import ConfigError, ModelError, TargetError
+from smartinit.errors import ArgumentError, ConfigError, ModelError, TargetError
 from smartinit.megatron import CanonicalLoRA, DoRA, LoRA, LoRAMerge, VLMLoRA
 from smartinit.megatron.stand_ins import ColumnParallelLinear, RowParallelLinear
 
@@ -97,6 +97,14 @@ OPTIONS: list[tuple[dict[str, Any], type[SmartinitError], str]] = [
     ({"target_modules": [*TARGETS, "*.experts.linear_fc3"]}, TargetError, "'*.experts.linear_fc3'"),
     ({"target_modules": ["norm"]}, ModelError, "'norm' is a LayerNorm"),
     ({"target_modules": [], "exclude_modules": TARGETS}, TargetError, "exclude_modules"),
+    ({"target_modules": [], "exclude_modules": ["linear_cf1"]}, TargetError, "closest: 'linear_fc1'"),
+    ({"target_modules": "linear_fc1"}, ArgumentError, "write ['linear_fc1']"),
+]
+LORA_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"lora_dtype": "bf16"}, "lora_dtype='bf16'"),
+    ({"lora_dtype": torch.int8}, "lora_dtype=torch.int8"),
+    ({"share_expert_adapters": "yes"}, "share_expert_adapters='yes'"),
+    ({"a2a_experimental": 1}, "a2a_experimental=1"),
 ]
 KINDS: list[Callable[..., Any]] = [LoRA, DoRA]
 
@@ -107,6 +115,11 @@ def test_options_that_cannot_be(
     kind: Callable[..., Any], options: dict[str, Any], error: type[SmartinitError], said: str
 ) -> None:
     assert said in refused(kind(**{"target_modules": TARGETS, "dim": 4, **options}), model(), error)
+
+
+@pytest.mark.parametrize(("options", "said"), LORA_OPTIONS)
+def test_options_of_lora_alone(options: dict[str, Any], said: str) -> None:
+    assert said in refused(LoRA(TARGETS, dim=4, **options), model(), ConfigError)
 
 
 def test_dora_drops_before_only() -> None:

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from smartinit.adapters.parallel.layer import AdaptedLayer
-from smartinit.errors import ConfigError, TargetError
-from smartinit.megatron import LoRA
+from smartinit.errors import ConfigError, ModelError, TargetError
+from smartinit.megatron import LoRA, LoRAMerge
 from smartinit.megatron.stand_ins import ColumnParallelLinear, RowParallelLinear
 
 if TYPE_CHECKING:
@@ -432,3 +432,36 @@ def test_a_module_in_two_places_has_one_adapter() -> None:
     assert isinstance(twice.linear_fc2, nn.Linear)  # its name is no target
     assert one.to_wrap is layer
     assert len([p for p in model.parameters() if p.requires_grad]) == 2
+
+
+def test_all_but_some_layers_twice_is_once() -> None:
+    lora = LoRA(target_modules=[], exclude_modules=["c"], dim=DIM)
+    model = lora(nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH) for name in "abc"}))
+    before = list(model.named_parameters())
+    assert list(lora(model).named_parameters()) == before
+
+
+def test_what_was_frozen_for_use_is_trained_when_asked_again_and_others_stay() -> None:
+    model = nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH) for name in "ab"})
+    LoRA(["a"], dim=DIM)(model, training=False)
+    LoRA(["b"], dim=DIM)(model)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        "b.adapter.linear_in.weight",
+        "b.adapter.linear_out.weight",
+    }
+    LoRA(["a"], dim=DIM)(model)
+    assert sum(p.requires_grad for p in model.parameters()) == 4
+
+
+def test_a_merged_layer_keeps_the_others_as_they_are_when_adapters_cannot_be_disabled() -> None:
+    lora = LoRA(["a", "b"], dim=DIM)
+    model = lora(nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH) for name in "ab"}))
+    LoRAMerge().transform(model["b"])
+    with pytest.raises(ModelError, match="merged"), lora.disable_adapter(model):
+        pass
+    assert model["a"].adapter_enabled
+
+
+def test_adapters_without_values_are_a_warning() -> None:
+    with pytest.warns(UserWarning, match="adapters of 1 layers .* on the meta device"):
+        LoRA(["a"], dim=DIM)(nn.ModuleDict({"a": nn.Linear(WIDTH, WIDTH, device="meta")}))

@@ -21,7 +21,8 @@ class AdaptedLayer(nn.Module):
     """Stands where ``to_wrap`` stood. Attributes that it does not have are those of the base layer.
 
     The keys of the base layer in state dicts stay what they were; the adapter's are ``<name>.adapter.…``: a checkpoint
-    of the base model loads into the adapted one (``strict=False``), and the state dict of one into the other.
+    of the base model loads into the adapted one (``strict=False``), and the state dict of one into the other. While the
+    adapter is merged, the state dict is that of a plain layer with the merged weight, and none can be loaded.
 
     Args:
         to_wrap: the layer as the model had it.
@@ -110,7 +111,8 @@ class AdaptedLayer(nn.Module):
         """For Megatron-Core's distributed checkpoints; see `smartinit.adapters.parallel.sharded_state`."""
         from smartinit.adapters.parallel.sharded_state import sharded_state
 
-        return sharded_state(self.to_wrap, self.adapter, self.base, prefix, sharded_offsets, metadata)
+        state = sharded_state(self.to_wrap, self.adapter, self.base, prefix, sharded_offsets, metadata)
+        return {key: kept for key, kept in state.items() if not (self.merged and key.startswith(f"{prefix}adapter."))}
 
     def parts(self, returned: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401 - the base's
         """The layer's output and the adapter's input.
@@ -153,16 +155,29 @@ class AdaptedLayer(nn.Module):
 
 
 def _names_of_the_base(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
-    """``<name>.to_wrap.weight`` -> ``<name>.weight``, in place."""
-    del module
+    """``<name>.to_wrap.weight`` -> ``<name>.weight``, in place.
+
+    Of a merged layer the adapter's are left out: with them the update would count twice in who loads it.
+    """
+    if module.merged:
+        for key in [key for key in state if key.startswith(f"{prefix}adapter.")]:
+            del state[key]
     inner = f"{prefix}to_wrap."
     for key in [key for key in state if key.startswith(inner)]:
         state[prefix + key.removeprefix(inner)] = state.pop(key)
 
 
 def _names_of_the_wrapped(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """The inverse, before the layer's own keys are looked up."""
-    del module
+    """The inverse, before the layer's own keys are looked up.
+
+    Raises:
+        ModelError: the layer is merged, so that what comes in would be lost with the next un-merging.
+    """
+    if module.merged:
+        raise ModelError(
+            f"'{module.name}' is merged, so no state can be loaded into it; take the adapter out first: "
+            "LoRAMerge().unmerge(model)"
+        )
     ours = (f"{prefix}to_wrap.", f"{prefix}adapter.")
     for key in [key for key in state if key.startswith(prefix) and not key.startswith(ours)]:
         state[f"{prefix}to_wrap.{key.removeprefix(prefix)}"] = state.pop(key)
