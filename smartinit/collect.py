@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,9 +94,6 @@ def collect(
         DataError: no batch at all, or none that was usable.
         NonFiniteError: see `Capture.run`.
     """
-    if length_of(batches) == 0:
-        msg = "the dataloader is empty: it has no batch to compute activations from"
-        raise DataError(msg)
 
     def new_statistic(target: HookTarget, device: torch.device) -> Statistic:
         wanted = components[target.name]
@@ -108,6 +104,10 @@ def collect(
     capture = Capture(model, targets, new_statistic, components=components, **capture_options)
     device = model_device(model) or torch.device("cpu")
     ranks = RanksInStep(device, merge_ranks and world_size() > 1)
+    with ranks.failing_together():
+        if length_of(batches) == 0:
+            msg = "the dataloader is empty: it has no batch to compute activations from"
+            raise DataError(msg)
     start = time.perf_counter()
     progress = tqdm(
         total=expected_passes(batches, max_batches),
@@ -117,7 +117,7 @@ def collect(
     )
     names = [target.name for target in targets]
     with capture, progress:
-        for batch in ranks.together(islice(batches, most_passes(batches, max_batches))):
+        for batch in ranks.together(batches, most_passes(batches, max_batches)):
             with ranks.failing_together():
                 if capture.run(batch):
                     with torch.autocast(device.type, enabled=False):

@@ -6,7 +6,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,7 +17,7 @@ from smartinit.activations.forward import unwrap, without_cache
 from smartinit.activations.rows import forward_fn_dict, token_masks
 from smartinit.activations.state import model_device
 from smartinit.distributed.passes import RanksInStep, expected_passes, length_of, most_passes
-from smartinit.distributed.reduce import is_first_rank, merge_over_ranks, world_size
+from smartinit.distributed.reduce import any_rank, is_first_rank, merge_over_ranks, world_size
 from smartinit.errors import ArgumentError, ConfigError, DataError
 from smartinit.statistics.gradient import GradientSketch
 
@@ -119,11 +118,12 @@ def collect_gradients(
     """
     if passes < 1:
         raise ConfigError(f"passes={passes}: expected at least 1")
-    if length_of(batches) == 0:
-        raise DataError("the dataloader is empty: it has no batch to compute gradients from")
     once = isinstance(batches, Iterator)
     device = model_device(model) or torch.device("cpu")
     ranks = RanksInStep(device, merge_ranks and world_size() > 1)
+    with ranks.failing_together():
+        if length_of(batches) == 0:
+            raise DataError("the dataloader is empty: it has no batch to compute gradients from")
     started = time.perf_counter()
     out = CollectedGradients(
         {
@@ -138,6 +138,8 @@ def collect_gradients(
         }
     )
     once = isinstance(batches, Iterator) or all(sketch.exact for sketch in out.sketches.values())
+    if ranks.exchange:
+        once = any_rank([once], device)[0]
     planned = 1 if once else passes
     expected = expected_passes(batches, max_batches)
     progress = tqdm(
@@ -163,7 +165,7 @@ def collect_gradients(
                 autocast=autocast,
                 skip_bad_batches=skip_bad_batches,
             )
-            stream = ranks.together(islice(batches, most_passes(batches, max_batches)))
+            stream = ranks.together(batches, most_passes(batches, max_batches))
             with capture:
                 out.batches, out.tokens = _one_pass(capture, stream, ranks, progress)
             out.sketches |= capture.sketches

@@ -7,8 +7,13 @@ import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from smartinit.activations.rows import label_mask_options
+from smartinit.activations.state import model_device
 from smartinit.collect import collect
+from smartinit.distributed.passes import RanksInStep
+from smartinit.distributed.reduce import world_size
 from smartinit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -100,10 +105,12 @@ def observe(
     hungry = [job for job in jobs if job.method.needs is not None]
     if not hungry:
         return Observed()
-    if dataloader is None:
-        job = hungry[0]
-        what = "gradients" if job.method.needs == "gradients" else "activations"
-        raise ConfigError(f"the method '{job.method.name}' needs {what}: pass a dataloader")
+    ranks = RanksInStep(model_device(model) or torch.device("cpu"), merge_ranks and world_size() > 1)
+    with ranks.failing_together():
+        if dataloader is None:
+            job = hungry[0]
+            what = "gradients" if job.method.needs == "gradients" else "activations"
+            raise ConfigError(f"the method '{job.method.name}' needs {what}: pass a dataloader")
     out = Observed()
     reading = [job for job in hungry if job.method.needs in _ACTIVATIONS]
     learning = [job for job in hungry if job.method.needs == "gradients"]

@@ -221,8 +221,8 @@ class BackwardCapture:
             if self._failed is None:
                 raise
             raise self._bad_gradient() from error
-        except FloatingPointError as error:
-            raise self._bad_gradient() from error
+        if self._failed is not None:
+            raise self._bad_gradient()
 
     def _bad_gradient(self) -> _BadBatchError:
         return _BadBatchError(NonFiniteGradientError(self._failed or "?", self.passes), gradient=True)
@@ -263,8 +263,7 @@ class BackwardCapture:
             try:
                 sketch.update(rows, deltas, scale=1.0 / self._scale)
             except FloatingPointError:
-                self._failed = target.path
-                raise
+                self._failed = target.path  # raised at the end: other ranks may wait for this one's layers below
 
     def _reach_through_checkpoints(self, stack: ExitStack) -> None:
         """A reentrant checkpoint differentiates its block only if the block's input requires a gradient."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from smartinit.distributed.reduce import any_rank
+from smartinit.distributed.reduce import any_rank, failing_rank
 from smartinit.errors import DataError
 
 if TYPE_CHECKING:
@@ -31,13 +32,28 @@ class RanksInStep:
     device: torch.device
     exchange: bool
 
-    def together(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches, until the first rank has none left."""
-        stream = iter(batches)
+    def together(self, batches: Iterable[Any], most: int | None = None) -> Iterator[Any]:
+        """The batches, ``most`` of them, until the first rank has none left.
+
+        Each is fetched, and the ranks tell each other so, before any of them runs its own: no rank begins a forward
+        pass in which another one, whose data fail, would be missing.
+
+        Raises:
+            DataError: the data of another rank failed; of this one: what they raise.
+        """
+        stream: Iterator[Any] | None = None
         while True:
-            batch = next(stream, _NO_BATCH)
-            over = batch is _NO_BATCH
-            if any_rank([over], self.device)[0] if self.exchange else over:
+            failed, batch = True, _NO_BATCH
+            try:
+                if stream is None:
+                    stream = islice(batches, most)
+                batch = next(stream, _NO_BATCH)
+                failed = False
+            finally:
+                rank, over = self._said(failed, over=batch is _NO_BATCH)
+            if rank is not None:
+                raise _elsewhere(rank)
+            if over:
                 return
             yield batch
 
@@ -53,9 +69,13 @@ class RanksInStep:
             yield
             failed = False
         finally:
-            elsewhere = self.exchange and any_rank([failed], self.device)[0] and not failed
-        if elsewhere:
-            raise DataError("another rank failed; its message says why")
+            rank, _ = self._said(failed)
+        if rank is not None:
+            raise _elsewhere(rank)
+
+    def _said(self, failed: bool, *, over: bool = False) -> tuple[int | None, bool]:
+        """Of all ranks: one that failed, and whether any is over."""
+        return failing_rank(failed, self.device, over=over) if self.exchange else (None, over)
 
     def agree_on_open(self, sites: Sequence[Site], names: Sequence[str]) -> bool:
         """A site stays open while any rank needs it: all ranks end their passes at the same layer.
@@ -69,6 +89,10 @@ class RanksInStep:
             for site in sites:
                 site.open = any(is_open[name] for name in site.names)
         return any(is_open.values())
+
+
+def _elsewhere(rank: int) -> DataError:
+    return DataError(f"another rank failed; the message of rank {rank} says why")
 
 
 def length_of(batches: Iterable[Any]) -> int | None:

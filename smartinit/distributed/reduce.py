@@ -35,6 +35,16 @@ def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
     return [bool(value) for value in tensor.tolist()]
 
 
+def failing_rank(failed: bool, device: torch.device, *, over: bool = False) -> tuple[int | None, bool]:
+    """Which rank has failed (the last of them), if any, and whether one of them is over; one tiny all-reduce."""
+    own = dist.get_rank() + 1 if world_size() > 1 else 1
+    tensor = torch.tensor([float(own if failed else 0), float(over)], device=device)
+    if world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    rank, end = tensor.tolist()
+    return (int(rank) - 1 if rank else None), bool(end)
+
+
 def merge_over_ranks(
     statistics: Sequence[Statistic],
     names: Sequence[str],

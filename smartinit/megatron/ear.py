@@ -12,6 +12,7 @@ from torch import nn
 
 from smartinit.adapters.parallel.collectives import gather, gathered, shard, size_of
 from smartinit.adapters.parallel.split import SplitAdapter
+from smartinit.distributed.reduce import world_size
 from smartinit.formats.rows import join_rows, shard_rows
 
 if TYPE_CHECKING:
@@ -42,8 +43,11 @@ class Ear(nn.Module):
 
 
 @contextmanager
-def listening(ears: Iterable[tuple[Ear, Sequence[AdaptedLayer]]], *, gradients: bool) -> Iterator[None]:
+def listening(ears: Iterable[tuple[Ear, Sequence[AdaptedLayer]]], *, gradients: bool) -> Iterator[Heard]:
     """Let ears hear what reaches layers with adapters; the model computes what its base does meanwhile.
+
+    With several ranks, what an ear cannot take is kept, and raised by `Heard.check`, which is to be called after each
+    forward pass: a rank that left it alone would leave the others waiting in their next layer.
 
     Args:
         ears: each with its layers: one, or the same layer of several experts. Several ears at one layer have an expert
@@ -56,7 +60,7 @@ def listening(ears: Iterable[tuple[Ear, Sequence[AdaptedLayer]]], *, gradients: 
     for ear, layers in ears:
         for layer in layers:
             at.setdefault(id(layer), (layer, []))[1].append(ear)
-    around = _Around(any(layer.base.returns_tuple for layer, _ in at.values()))
+    around = _Around(any(layer.base.returns_tuple for layer, _ in at.values()), Heard(later=world_size() > 1))
     with ExitStack() as stack:
         for layer, own in at.values():
             if not layer.adapter_enabled:
@@ -65,7 +69,36 @@ def listening(ears: Iterable[tuple[Ear, Sequence[AdaptedLayer]]], *, gradients: 
             # In place of the method, for as long as this lasts.
             vars(layer)["adapted"] = partial(_hear, layer, own, around, gradients)
             stack.callback(vars(layer).pop, "adapted")
-        yield
+        yield around.heard
+
+
+@dataclass
+class Heard:
+    """What came of a forward pass.
+
+    Attributes:
+        later: whether an error waits for `check`.
+        failed: the first thing that an ear has raised.
+    """
+
+    later: bool
+    failed: Exception | None = None
+
+    def show(self, ear: Ear, rows: torch.Tensor) -> None:
+        """Let an ear hear these rows, unless something has failed in this pass already."""
+        try:
+            if self.failed is None:
+                ear(rows)
+        except Exception as error:
+            if not self.later:
+                raise
+            self.failed = error
+
+    def check(self) -> None:
+        """Raise what an ear has raised, and forget it."""
+        failed, self.failed = self.failed, None
+        if failed is not None:
+            raise failed
 
 
 @dataclass
@@ -74,11 +107,13 @@ class _Around:
 
     Attributes:
         megatron: whether there are some of Megatron's.
+        heard: what came of the pass.
         group: with sequence parallelism, whose.
         tokens: of all of its ranks.
     """
 
     megatron: bool
+    heard: Heard
     group: ProcessGroup | None = None
     tokens: int = 0
 
@@ -114,7 +149,7 @@ def _hear(
             whole = whole.transpose(0, 1)  # as masks are: (batch, tokens)
         for same in by_part.values():
             for ear, part in zip(same, _parts(whole, counts, len(same)), strict=True):
-                ear(part)
+                around.heard.show(ear, part)
         return output
     adapter = layer.adapter
     if not isinstance(adapter, SplitAdapter):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from smartinit.activations.forward import without_cache
 from smartinit.activations.rows import forward_fn_dict
 from smartinit.adapters.parallel.collectives import first_of
 from smartinit.adapters.parallel.initial import INITIAL, collective_device
@@ -35,8 +36,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from smartinit.activations.rows import ForwardFn
     from smartinit.artefact import Artefact
     from smartinit.factors import Factors
+    from smartinit.megatron.ear import Heard
     from smartinit.megatron.sharded_target import ShardedTarget
     from smartinit.planning.plan import Plan
 
@@ -114,7 +117,7 @@ def compute_start(
     dataloader: Iterable[Any] | None = None,
     *,
     dropout: float = 0.0,
-    forward_fn: Any = forward_fn_dict,  # noqa: ANN401 - ForwardFn
+    forward_fn: ForwardFn = forward_fn_dict,
     **options: Any,  # noqa: ANN401 - of the pipeline
 ) -> Artefact:
     """What the method gives for whole layers; collective.
@@ -144,12 +147,12 @@ def compute_start(
     )
     check_ranks(targets, config)
     request = RankRequest(targets, config, "uniform", Limits())
-    if world_size() > 1 and forward_fn is forward_fn_dict:
-        forward_fn = _to_the_end
     capture = {name: options.pop(name) for name in [*options] if name.startswith("prepare_")}
-    settings = Options({"forward_fn": forward_fn, **capture}, planner="uniform", **options)
     ears = [(target.ear, target.layers) for target in targets]
-    with listening(ears if method.needs else (), gradients=method.needs == "gradients"):
+    with listening(ears if method.needs else (), gradients=method.needs == "gradients") as heard:
+        if world_size() > 1 and method.needs != "gradients":
+            forward_fn = _to_the_end(forward_fn, heard)
+        settings = Options({"forward_fn": forward_fn, **capture}, planner="uniform", **options)
         return compute_jobs(model, [Job(method, request, targets)], dataloader, settings)[0]
 
 
@@ -233,6 +236,13 @@ def _of_first(tensor: torch.Tensor, target: ShardedTarget, everywhere: bool) -> 
     return sent.to(tensor)
 
 
-def _to_the_end(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401
-    """As the default, but passes do not end early: ranks that do not would wait for those that do."""
-    return forward_fn_dict(model, batch)
+def _to_the_end(forward_fn: ForwardFn, heard: Heard) -> ForwardFn:
+    """The same, but passes end early on no rank, not even those in which something fails: others would wait for it."""
+
+    def forward(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401
+        heard.failed = None
+        output = forward_fn(model, without_cache(model, batch) if forward_fn is forward_fn_dict else batch)
+        heard.check()
+        return output
+
+    return forward

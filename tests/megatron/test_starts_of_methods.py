@@ -18,6 +18,7 @@ from starting import (
     adapt,
     alone,
     batches,
+    loss,
     original_weights,
     relative,
     started,
@@ -351,6 +352,79 @@ def test_bad_data_leave_the_model_as_it_was() -> None:
 
 def test_bad_data_leave_the_model_as_it_was_on_all_ranks(two_ranks: Ranks) -> None:
     two_ranks.run(bad_initialize, True)
+
+
+class Failing:
+    """Data whose second batch cannot be read."""
+
+    def __iter__(self) -> Any:
+        yield batches()[0]
+        raise OSError("the second batch cannot be read")
+
+
+def bad_data_on_the_last_rank(method: str, fault: str, parallel: bool) -> tuple[str, bool]:
+    """What `initialize` says on this rank, and whether the model is as it was."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    model, lora = Model(dist.group.WORLD if parallel else None), LoRA(TARGETS, dim=RANK, lora_A_init_method=method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lora(model)
+    before, data, options = snapshot(model), batches(), {}
+    if last and fault == "raises":
+        data = Failing()
+    elif last and fault == "empty":
+        data = []
+    elif last and fault == "none":
+        data = None
+    elif last and fault == "stream":  # of which there is one pass
+        data = iter(data)
+    elif last and fault == "nan":
+        options["forward_fn"] = spoilt
+    said = ""
+    try:
+        lora.initialize(model, data, loss_fn=loss, show_progress_bar=False, **options)
+    except (smartinit.errors.SmartinitError, OSError) as error:
+        said = f"{type(error).__name__}: {error}"
+    return said, unchanged(model, before)
+
+
+def spoilt(model: Any, batch: Any) -> Any:
+    """NaN in what one rank's layers get, but not in what other ranks get."""
+    handle = model.layers[0].linear_qkv.register_forward_pre_hook(lambda _, args: (args[0] * torch.nan,))
+    with handle:
+        return model(**batch)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize(
+    ("method", "fault", "sentence"),
+    [
+        ("eva", "raises", "OSError: the second batch cannot be read"),
+        ("corda", "raises", "OSError: the second batch cannot be read"),
+        ("lora_ga", "raises", "OSError: the second batch cannot be read"),
+        ("eva", "empty", "DataError: the dataloader is empty"),
+        ("lora_ga", "empty", "DataError: the dataloader is empty"),
+        ("eva", "none", "ConfigError: the method 'eva' needs activations: pass a dataloader"),
+        ("eva", "nan", "NonFiniteError: the input of layer 'layers.0.linear_qkv' holds NaN"),
+    ],
+)
+def test_data_that_fail_on_one_rank_fail_on_all(
+    two_ranks: Ranks, method: str, fault: str, sentence: str, parallel: bool
+) -> None:
+    (other, kept), (own, own_kept) = two_ranks.run(bad_data_on_the_last_rank, method, fault, parallel)
+    assert own.startswith(sentence)
+    if fault == "nan" and parallel:  # of which the other rank gets some by the sum after the next layer
+        assert other.startswith("NonFiniteError: the input of layer 'layers.0.linear_proj' holds NaN")
+    else:
+        assert other == "DataError: another rank failed; the message of rank 1 says why"
+    assert kept
+    assert own_kept
+
+
+def test_a_stream_on_one_rank_gives_all_of_them_one_pass(two_ranks: Ranks) -> None:
+    for said, kept in two_ranks.run(bad_data_on_the_last_rank, "lora_ga", "stream", False):
+        assert said == ""
+        assert not kept
 
 
 def test_what_initialize_refuses() -> None:
