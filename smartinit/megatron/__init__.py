@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from smartinit.megatron.canonical import CanonicalLoRA
 from smartinit.megatron.checkpoint import load_adapter, save_adapter
-from smartinit.megatron.dora import DoRA
+from smartinit.megatron.dora import DoRA, reset_magnitudes
 from smartinit.megatron.lora import LoRA
 from smartinit.megatron.merge import LoRAMerge
 from smartinit.megatron.vlm import VLMLoRA
 
-__all__ = ["CanonicalLoRA", "DoRA", "LoRA", "LoRAMerge", "VLMLoRA", "load_adapter", "save_adapter"]
+__all__ = ["CanonicalLoRA", "DoRA", "LoRA", "LoRAMerge", "VLMLoRA", "load_adapter", "reset_magnitudes", "save_adapter"]

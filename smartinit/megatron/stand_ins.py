@@ -112,22 +112,44 @@ class ColumnParallelLinear(_ParallelLinear):
     Args:
         input_size: see `_ParallelLinear`, as all other arguments but this one:
         gather_output: return all rows on every rank.
+        disable_grad_reduce: leave the gradient of the input as addends; ignored with sequence parallelism.
     """
 
-    def __init__(self, input_size: int, output_size: int, *, gather_output: bool = False, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        gather_output: bool = False,
+        disable_grad_reduce: bool = False,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
         super().__init__(input_size, output_size, **kwargs)
-        self.gather_output = gather_output
+        self.gather_output, self.disable_grad_reduce = gather_output, disable_grad_reduce
         self.output_size_per_partition = output_size // size_of(self.tp_group)
 
     def forward(
-        self, x: torch.Tensor, m_splits: Sequence[int] | torch.Tensor | None = None
+        self,
+        input_: torch.Tensor,
+        m_splits: Sequence[int] | torch.Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        *,
+        weight: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``(output, bias)``; ``x`` is ``(tokens, ..., in)``, tokens in shards with sequence parallelism."""
-        group = self.tp_group
+        """``(output, bias)``; ``input_`` is ``(tokens, ..., in)``, tokens in shards with sequence parallelism.
+
+        ``runtime_gather_output`` is for this call what ``gather_output`` is for all; ``weight`` is used instead of the
+        layer's own.
+        """
+        group, x = self.tp_group, input_
         if not self.explicit_expert_comm:
-            x = gather(x, 0, group, gradient="sum") if self.sequence_parallel else spread(x, group)
-        y, bias = self._with_bias(self._product(x, m_splits))
-        return (gather(y, -1, group, gradient="slice") if self.gather_output else y), bias
+            if self.sequence_parallel:
+                x = gather(x, 0, group, gradient="sum")
+            elif not self.disable_grad_reduce:
+                x = spread(x, group)
+        y, bias = self._with_bias(self._product(x, m_splits) if weight is None else functional.linear(x, weight))
+        gathers = self.gather_output if runtime_gather_output is None else runtime_gather_output
+        return (gather(y, -1, group, gradient="slice") if gathers else y), bias
 
 
 class RowParallelLinear(_ParallelLinear):
@@ -146,11 +168,11 @@ class RowParallelLinear(_ParallelLinear):
         self.input_size_per_partition = input_size // size_of(self.tp_group)
 
     def forward(
-        self, x: torch.Tensor, m_splits: Sequence[int] | torch.Tensor | None = None
+        self, input_: torch.Tensor, m_splits: Sequence[int] | torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``(output, bias)``; the output's tokens are in shards with sequence parallelism, addends in an expert."""
         group = self.tp_group
-        y = self._product(x if self.input_is_parallel else shard(x, -1, group), m_splits)
+        y = self._product(input_ if self.input_is_parallel else shard(input_, -1, group), m_splits)
         if not self.explicit_expert_comm:
             y = reduce_scatter(y, 0, group) if self.sequence_parallel else total(y, group)
         return self._with_bias(y)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,9 +13,10 @@ from torch import nn
 
 from smartinit.adapters.dora import BaseNorms
 from smartinit.adapters.fake_quant import FakeQuantLinear
+from smartinit.adapters.parallel.collectives import summed
 from smartinit.errors import ConfigError, ModelError
 from smartinit.formats.rows import join_rows, shard_rows
-from smartinit.megatron import DoRA, load_adapter, save_adapter
+from smartinit.megatron import DoRA, LoRA, LoRAMerge, load_adapter, reset_magnitudes, save_adapter
 from smartinit.megatron.stand_ins import ColumnParallelLinear, RowParallelLinear
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ IN, OUT, RANK, TOKENS = 16, 24, 8, 12
 SCALING = 64 / RANK
 COLUMN = [dict(), dict(skip_bias_add=True), dict(sequence_parallel=True), dict(gather_output=True)]
 COLUMN += [dict(is_expert=True, skip_bias_add=True)]
+COLUMN += [dict(runtime=True), dict(gather_output=True, runtime=False), dict(disable_grad_reduce=True)]
 ROW = [dict(), dict(skip_bias_add=True), dict(sequence_parallel=True), dict(input_is_parallel=False)]
 ROW += [dict(is_expert=True, skip_bias_add=True)]
 CASES = [("column", case, False) for case in COLUMN] + [("row", case, False) for case in ROW]
@@ -76,7 +79,8 @@ def dense(dropped: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
 def layer_of(kind: str, options: dict[str, Any], gated: bool = False, **dora: Any) -> Any:
     make = ColumnParallelLinear if kind == "column" else RowParallelLinear
     group = dist.group.WORLD if dist.is_initialized() else None
-    options = {**options, "config": Config(), "stride": 2} if gated else options
+    options = {**options, "config": Config(), "stride": 2} if gated else dict(options)
+    options.pop("runtime", None)
     base = make(IN, OUT, tp_group=group, generator=torch.Generator().manual_seed(5), **options)
     return DoRA(["linear_fc1"], dim=RANK, **dora)(nn.ModuleDict({"linear_fc1": base}))["linear_fc1"]
 
@@ -84,6 +88,8 @@ def layer_of(kind: str, options: dict[str, Any], gated: bool = False, **dora: An
 def on_this_rank(kind: str, options: dict[str, Any], gated: bool, dropout: float = 0.0) -> dict[str, Any]:
     """The same on this rank of as many as there are, gathered by hand."""
     size, rank = dist.get_world_size(), dist.get_rank()
+    said = {"runtime_gather_output": options["runtime"]} if "runtime" in options else {}
+    gathers = options.get("runtime", options.get("gather_output"))
     layer = layer_of(kind, options, gated, dropout=dropout)
     a, b, m = factors()
     layer.adapter.set_whole(a, b)
@@ -97,7 +103,7 @@ def on_this_rank(kind: str, options: dict[str, Any], gated: bool, dropout: float
     x, dy = inputs()
     if kind == "column":
         x = cut(x, 0) if by_tokens else x
-        dy = dy if options.get("gather_output") else cut(dy, -1, gated)
+        dy = dy if gathers else cut(dy, -1, gated)
     else:
         x = x if options.get("input_is_parallel") is False else cut(x, -1)
         dy = cut(dy, 0) if by_tokens else dy
@@ -112,11 +118,12 @@ def on_this_rank(kind: str, options: dict[str, Any], gated: bool, dropout: float
 
         layer.adapter.dropped = noted
     x = x.clone().requires_grad_()
-    y, bias = layer(x)
+    torch.manual_seed(rank)  # ranks need not agree
+    y, bias = layer(x, **said)
     y.backward(dy)
     y = y.detach()
     dm = layer.adapter.weight_magnitude.grad
-    if expert and kind == "column":  # addends of a column-parallel expert: the gradient of the input
+    if (expert and kind == "column") or options.get("disable_grad_reduce"):  # addends: the gradient of the input
         dist.all_reduce(x.grad)
     elif expert:
         dist.all_reduce(y)
@@ -128,7 +135,7 @@ def on_this_rank(kind: str, options: dict[str, Any], gated: bool, dropout: float
 
     if kind == "column":
         y = y if bias is None else y + bias
-        y = y if options.get("gather_output") else joined(y, -1, gated)
+        y = y if gathers else joined(y, -1, gated)
         dx = joined(x.grad, 0) if by_tokens else x.grad
         mask = [joined(mask, 0) if by_tokens else mask for mask in masks]
     else:
@@ -393,8 +400,8 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any], said: str) 
     assert type(base[0]) is nn.Linear
 
 
-def saved(folder: str) -> None:
-    """Two ranks write, one process reads."""
+def saved(folder: str, lost: str = "") -> None:
+    """Two ranks write, after their parameters' marks were lost in some way; one process reads."""
     group = dist.group.WORLD if dist.is_initialized() else None
     model = nn.ModuleDict(
         {
@@ -408,6 +415,14 @@ def saved(folder: str) -> None:
     if group is not None:
         for layer in model.values():
             layer.adapter.set_whole_magnitude(m)
+        state = {name: t.clone() for name, t in model.state_dict().items()}
+        if lost == "assigned":
+            model.load_state_dict(state, assign=True)
+        elif lost == "emptied":
+            model.to("meta").to_empty(device="cpu").load_state_dict(state)
+        elif lost == "replaced":
+            for layer in model.values():
+                layer.adapter.weight_magnitude = nn.Parameter(layer.adapter.weight_magnitude.detach())
         save_adapter(model, folder, dora)
         return
     load_adapter(model, folder)
@@ -415,6 +430,118 @@ def saved(folder: str) -> None:
         torch.testing.assert_close(layer.adapter.weight_magnitude.detach(), m, rtol=0, atol=0)
 
 
-def test_magnitudes_that_two_ranks_save_one_process_loads(two_ranks: Ranks, tmp_path: Path) -> None:
-    two_ranks.run(saved, str(tmp_path / "adapter"))
+@pytest.mark.parametrize("lost", ["", "assigned", "emptied", "replaced"])
+def test_magnitudes_that_two_ranks_save_one_process_loads(two_ranks: Ranks, tmp_path: Path, lost: str) -> None:
+    two_ranks.run(saved, str(tmp_path / "adapter"), lost)
     saved(str(tmp_path / "adapter"))
+
+
+def one_rank_fails(what: str) -> list[str]:
+    """Only rank 1 has a layer that cannot be adapted; then all adapt a model that can be."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+    layers = {"linear_fc2": RowParallelLinear(IN, OUT, tp_group=group)}
+    layers["linear_fc1"] = ColumnParallelLinear(IN, OUT, tp_group=group)
+    layers["linear_fc3"] = RowParallelLinear(IN, OUT, tp_group=group)
+    if rank == 1 and what == "kind":
+        layers["linear_fc1"] = nn.Embedding(3, 4)
+    elif rank == 1:
+        layers["linear_fc2"].weight = nn.Parameter(layers["linear_fc2"].weight.to(torch.int8), requires_grad=False)
+    model = nn.ModuleDict(layers)
+    with pytest.raises(ModelError) as caught:
+        DoRA(list(layers), dim=RANK)(model)
+    assert {type(layer).__name__ for layer in model.values()} <= {
+        "Embedding",
+        *(f"{k}ParallelLinear" for k in ("Row", "Column")),
+    }
+    assert rank == 1 or all(p.requires_grad for p in model.parameters())
+    found = DoRA(["linear_fc3"], dim=RANK).transform(layers["linear_fc3"], "linear_fc3").adapter.whole_magnitude()
+    torch.testing.assert_close(found, summed(layers["linear_fc3"].weight.detach().square().sum(1), group).sqrt())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("what", "said"), [("kind", "is a Embedding"), ("weight", "cannot be read as a matrix")])
+def test_a_layer_that_one_rank_cannot_adapt_is_refused_on_all(two_ranks: Ranks, what: str, said: str) -> None:
+    for text in two_ranks.run(one_rank_fails, what):
+        assert said in text
+
+
+def test_another_weight_than_the_layer_s_own_is_refused() -> None:
+    layer, x = layer_of("column", {}), inputs()[0]
+    torch.testing.assert_close(layer(x, weight=layer.weight), layer(x), rtol=0, atol=0)
+    with pytest.raises(ModelError, match="'linear_fc1' was called with another weight than its own"):
+        layer(x, weight=layer.weight + 1)
+    base = ColumnParallelLinear(IN, OUT, bias=False)
+    plain: Any = LoRA(["linear_fc1"], dim=RANK, lora_B_init_method="normal")(nn.ModuleDict({"linear_fc1": base}))
+    w = base.weight.detach()
+    difference = plain["linear_fc1"](x, weight=w + 1)[0] - plain["linear_fc1"](x)[0]
+    torch.testing.assert_close(difference, (x.sum(-1, keepdim=True)).expand_as(difference), rtol=1e-4, atol=1e-4)
+
+
+def net() -> nn.ModuleDict:
+    group = dist.group.WORLD if dist.is_initialized() else None
+    generator = torch.Generator().manual_seed(9)
+    return nn.ModuleDict(
+        {
+            "linear_fc1": ColumnParallelLinear(IN, OUT, tp_group=group, generator=generator),
+            "linear_fc2": RowParallelLinear(IN, OUT, tp_group=group, generator=generator),
+        }
+    )
+
+
+def base_arrives_late(
+    start: str, trained: str
+) -> tuple[list[str], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """What is warned of, and by layer the magnitudes before, after, and once they are reset; base weights double."""
+    model = DoRA(["linear_fc1", "linear_fc2"], dim=RANK, lora_B_init_method=start)(net())
+    state = {name: 2 * t for name, t in net().state_dict().items()}
+    adapters = [layer.adapter for layer in model.values()]
+    with torch.no_grad():
+        for adapter in adapters:
+            adapter.weight_magnitude.mul_(3 if trained else 1)
+    before = [adapter.whole_magnitude().clone() for adapter in adapters]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.load_state_dict(state, strict=False)
+    after = [adapter.whole_magnitude().clone() for adapter in adapters]
+    reset_magnitudes(model)
+    return [str(one.message) for one in caught], before, after, [adapter.whole_magnitude() for adapter in adapters]
+
+
+def test_magnitudes_follow_base_weights_that_arrive_late(two_ranks: Ranks) -> None:
+    said, before, after, reset = base_arrives_late("zero", "")
+    assert not said
+    torch.testing.assert_close(after, [2 * m for m in before])
+    torch.testing.assert_close(reset, after, rtol=0, atol=0)
+    said, before, after, reset = base_arrives_late("zero", "trained")  # by the steps that came before
+    assert not said
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    torch.testing.assert_close(reset, [m / 3 * 2 for m in before])
+    said, before, after, reset = base_arrives_late("normal", "")  # whose B may be trained
+    assert ["'linear_fc1'" in said[0], "'linear_fc2'" in said[1], len(said)] == [True, True, 2]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    for said, before, after, reset in two_ranks.run(base_arrives_late, "zero", ""):
+        assert len(said) == 1
+        assert "base weights of 'linear_fc2' were loaded without its magnitude" in said[0]
+        assert "reset_magnitudes(model) on all ranks" in said[0]
+        torch.testing.assert_close(after, [2 * before[0], before[1]])
+        torch.testing.assert_close(reset, [2 * m for m in before])
+
+
+def test_a_state_with_magnitudes_or_without_base_weights_resets_nothing() -> None:
+    model = DoRA(["linear_fc1"], dim=RANK)(net())
+    before = model["linear_fc1"].adapter.weight_magnitude.clone()
+    state = {name: t + 1 for name, t in model.state_dict().items()}
+    adapter_only = {name: t for name, t in state.items() if "adapter.linear" in name}
+    model.load_state_dict(adapter_only, strict=False)
+    torch.testing.assert_close(model["linear_fc1"].adapter.weight_magnitude, before, rtol=0, atol=0)
+    model.load_state_dict(state)
+    torch.testing.assert_close(model["linear_fc1"].adapter.weight_magnitude, before + 1, rtol=0, atol=0)
+
+
+def test_models_without_magnitudes_have_none_to_reset() -> None:
+    with pytest.raises(ModelError, match="no layer with a magnitude"):
+        reset_magnitudes(LoRA(["linear_fc1"], dim=RANK)(net()))
+    model = DoRA(["linear_fc1"], dim=RANK)(net())
+    LoRAMerge()(model)
+    with pytest.raises(ModelError, match="'linear_fc1' is merged"):
+        reset_magnitudes(model)

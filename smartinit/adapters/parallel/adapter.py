@@ -29,6 +29,24 @@ DropoutPosition = Literal["pre", "post"]
 Side = Literal["in", "out"]
 
 
+def mark(parameter: nn.Parameter, partition_dim: int | None, *, expert: bool) -> None:
+    """Tell Megatron's optimisers and data parallelism what a parameter is.
+
+    Args:
+        parameter: it.
+        partition_dim: along which the tensor-parallel ranks share it; None: whole.
+        expert: whether it is an expert's: those are not reduced over all data-parallel ranks.
+    """
+    marks = {
+        "tensor_model_parallel": partition_dim is not None,
+        "partition_dim": -1 if partition_dim is None else partition_dim,
+        "partition_stride": 1,
+        "allreduce": not expert,
+    }
+    for name, value in marks.items():
+        setattr(parameter, name, value)
+
+
 class Factor(nn.Module):
     """One matrix, or this rank's shard of it.
 
@@ -55,20 +73,22 @@ class Factor(nn.Module):
         super().__init__()
         self.partition_dim, self.expert = partition_dim, expert
         self.trained = True
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        with torch.inference_mode(mode=False):  # tensors that are made in it can never train
+            self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.mark()
 
     def mark(self) -> None:
         """Tell Megatron what the parameter is; to be called again after it has been replaced."""
-        parallel = self.partition_dim is not None
-        marks = {
-            "tensor_model_parallel": parallel,
-            "partition_dim": self.partition_dim if parallel else -1,
-            "partition_stride": 1,
-            "allreduce": not self.expert,
-        }
-        for name, value in marks.items():
-            setattr(self.weight, name, value)
+        mark(self.weight, self.partition_dim, expert=self.expert)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Factor:  # noqa: ANN401 - torch's
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.mark()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - torch's
+        super()._load_from_state_dict(*args, **kwargs)
+        self.mark()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies of parameters have lost their marks."""

@@ -36,8 +36,9 @@ class ParallelBase:
         sequence: where the features are whole, the tokens are in shards (sequence parallelism): column-parallel layers
             gather their input, row-parallel layers reduce-scatter their output.
         token_dim: the dimension along which the tokens are in shards.
-        partial: nothing is exchanged in the layer itself (experts: Megatron's ``explicit_expert_comm``): the output of
-            a row-parallel layer, and the gradient for the input of a column-parallel one, are addends.
+        partial: nothing is exchanged in the layer itself (experts: Megatron's ``explicit_expert_comm``; column-parallel
+            layers with ``disable_grad_reduce``): the output of a row-parallel layer, and the gradient for the input of
+            a column-parallel one, are addends.
         whole_input: a row-parallel layer that takes the whole input and picks its features itself.
         whole_output: a column-parallel layer that gathers its output.
         gated: the rows are those of a gate and then of an up projection, see `smartinit.formats.rows`.
@@ -125,16 +126,19 @@ def _core(module: Any, name: str) -> ParallelBase:  # noqa: ANN401 - known by it
     group = getattr(module, "tp_group", None)
     size = _check_group(group, sizes[row] // max(1, weight.shape[row]), name)
     partial = bool(getattr(module, "explicit_expert_comm", False))
+    sequence = bool(getattr(module, "sequence_parallel", False)) and not partial and size > 1
+    # Megatron ignores it with sequence parallelism, whose gathering of the input has a sum in its backward pass.
+    kept_apart = bool(getattr(module, "disable_grad_reduce", False)) and not row and not sequence
     return ParallelBase(
         in_features=sizes[1],
         out_features=sizes[0],
         split="row" if row else "column",
         group=group if size > 1 else None,
-        sequence=bool(getattr(module, "sequence_parallel", False)) and not partial and size > 1,
-        partial=partial,
+        sequence=sequence,
+        partial=partial or kept_apart,
         whole_input=row and not module.input_is_parallel,
         whole_output=not row and bool(getattr(module, "gather_output", False)),
-        gated=not row and _is_gated(module, name),
+        gated=not row and _is_cut_in_two(module, name),
         experts=int(getattr(module, "num_gemms", 0)),
         returns_tuple=True,
     )
@@ -220,6 +224,12 @@ def _check_group(group: ProcessGroup | None, size: int, name: str) -> int:
             "that it was made for"
         )
     return size
+
+
+def _is_cut_in_two(module: Any, name: str) -> bool:  # noqa: ANN401 - known by its attributes
+    """Whether each rank has rows of a gate and of an up projection: a layer with a ``stride`` says so itself."""
+    stride = getattr(module, "stride", None)
+    return stride == 2 if isinstance(stride, int) else _is_gated(module, name)  # noqa: PLR2004 - two blocks of rows
 
 
 def _is_gated(module: Any, name: str) -> bool:  # noqa: ANN401 - known by its attributes

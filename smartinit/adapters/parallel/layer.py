@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from smartinit.adapters.parallel.call import called, counts_of, with_input_first
 from smartinit.adapters.parallel.placed import check_whole, within
 from smartinit.errors import ModelError
 
@@ -90,8 +91,15 @@ class AdaptedLayer(nn.Module):
             setattr(self.to_wrap, _NORM_OUTPUT, self._norm_output)
         return self.to_wrap
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the base layer
-        """What the base layer returns, with the adapter's update in its first tensor."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the base layer
+        """What the base layer returns, with the adapter's update in its first tensor.
+
+        The input is the first argument, or has the name that the base layer calls it by, or ``x``.
+
+        Raises:
+            ModelError: there is none; or see `parts`.
+        """
+        x, args, kwargs = with_input_first(self.to_wrap, args, kwargs, self.name)
         if self.adapter_enabled:
             if self.base.placed:
                 return within(self.to_wrap, self.base, self.adapted, x, self.name)
@@ -148,8 +156,8 @@ class AdaptedLayer(nn.Module):
 
     def adapted(self, output: torch.Tensor, rows: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
         """The base layer's output with the adapter's update."""
-        counts = args[0] if args else kwargs.get("m_splits", kwargs.get("tokens_per_expert"))
-        update = self.adapter(rows, self.base, counts if self.base.experts else None)
+        base = called(self.to_wrap, self.base, args, kwargs)
+        update = self.adapter(rows, base, counts_of(base, args, kwargs))
         added: torch.Tensor = output + update.to(output.dtype)
         return added
 

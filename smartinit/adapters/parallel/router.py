@@ -33,11 +33,11 @@ def describe_router(module: Any) -> ParallelBase:  # noqa: ANN401 - known by its
 class AdaptedRouter(AdaptedLayer):
     """Stands where the router stood; all that one does around its gate (jitter, balancing, top-k) stays its own."""
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the router
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the router
         """What the router returns for logits with the adapter's update. Not for several threads at once."""
         router: Any = self.to_wrap
         if not self.adapter_enabled:
-            return router(x, *args, **kwargs)
+            return router(*args, **kwargs)
         gating, own = router.gating, vars(router).get("gating")
 
         def with_update(rows: torch.Tensor) -> torch.Tensor:
@@ -47,7 +47,7 @@ class AdaptedRouter(AdaptedLayer):
 
         router.gating = with_update
         try:
-            return router(x, *args, **kwargs)
+            return router(*args, **kwargs)
         finally:
             del router.gating
             if own is not None:

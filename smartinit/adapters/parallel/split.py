@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from smartinit.adapters.parallel.adapter import LowRankAdapter
+from smartinit.adapters.parallel.call import called, counts_of
 from smartinit.adapters.parallel.layer import AdaptedLayer
 from smartinit.errors import ConfigError
 
@@ -165,12 +166,13 @@ class SplitLayer(AdaptedLayer):
 
         Cost: that of the adapters, and one copy of the output.
         """
-        counts = args[0] if args else kwargs.get("m_splits", kwargs.get("tokens_per_expert"))
-        counts = counts if self.base.experts else None
+        base = called(self.to_wrap, self.base, args, kwargs)
+        counts = counts_of(base, args, kwargs)
         split = self.adapter.rows
-        shards = self.base.size if self.base.whole_output else 1
+        shards = base.size if base.whole_output else 1
         parts = {}
         for name, adapter in self.adapter.items():
             own = split.part(output, name, -1, shards)
-            parts[name] = own + adapter(rows, None, counts).to(output.dtype).view(own.shape)
+            asked = replace(self.adapter.base_of(name), whole_output=base.whole_output)
+            parts[name] = own + adapter(rows, asked, counts).to(output.dtype).view(own.shape)
         return split.replaced(output, parts, shards)

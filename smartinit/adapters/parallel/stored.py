@@ -52,7 +52,7 @@ def stored(adapter: nn.Module, layer: ParallelBase) -> list[Stored]:
         base = layer if owner is None else owner.base
         holder = modules[path.rpartition(".")[0]]
         factor = isinstance(holder, Factor)
-        dim = holder.partition_dim if isinstance(holder, Factor) else _marked(parameter)
+        dim = holder.partition_dim if isinstance(holder, Factor) else _dim_of_rows(parameter, base)
         rows = path.endswith("linear_out.weight") or not factor
         by_expert = isinstance(owner, ExpertAdapter) if factor else base.experts > 0 and parameter.dim() > 1
         out.append(
@@ -71,6 +71,9 @@ def stored(adapter: nn.Module, layer: ParallelBase) -> list[Stored]:
     return out
 
 
-def _marked(parameter: torch.Tensor) -> int | None:
-    """Along which dimension a parameter says that it is in shards."""
-    return int(parameter.partition_dim) if getattr(parameter, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
+def _dim_of_rows(magnitude: torch.Tensor, base: ParallelBase) -> int | None:
+    """Along which dimension numbers of the rows ``([E,] out)`` are in shards.
+
+    By the layer, not by the parameter's marks, which do not outlive ``load_state_dict(…, assign=True)`` everywhere.
+    """
+    return magnitude.dim() - 1 if base.split == "column" and base.size > 1 else None
