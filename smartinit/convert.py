@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from smartinit.errors import ConfigError, ModelError, UnknownNameError
 from smartinit.formats.card import converted_card
 from smartinit.formats.files import new_folder, write_file
 from smartinit.formats.megatron_folder import MARKER, ShardedFolder
+from smartinit.formats.megatron_names import spelling_of
+from smartinit.formats.megatron_start import start_in
 from smartinit.formats.patterns import compact_patterns
 from smartinit.formats.peft import (
     CONFIG_FILE,
@@ -29,7 +32,18 @@ from smartinit.formats.peft import (
 from smartinit.formats.record import START_FOLDER
 from smartinit.formats.start import read_start
 from smartinit.formats.tensors import stored_tensors
-from smartinit.megatron_reading import known_shape, read_megatron_start, read_megatron_trained, start_in
+from smartinit.megatron_reading import (
+    base_model as base_name,
+)
+from smartinit.megatron_reading import (
+    known_shape,
+    read_megatron,
+    read_megatron_start,
+    read_megatron_trained,
+    spelling_in,
+)
+from smartinit.megatron_start_names import has_megatron_names, start_in_peft_names
+from smartinit.model_shape import decoder_shape
 from smartinit.targets.sharing import users_of_weights
 from smartinit.targets.weight import Target
 
@@ -40,6 +54,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from smartinit.artefact import Artefact
+    from smartinit.formats.megatron_shape import DecoderShape
     from smartinit.formats.peft import StoredAdapter
     from smartinit.formats.start import Start
 
@@ -67,6 +82,11 @@ def convert_adapter(
     dtype: torch.dtype | None = None,
     force: bool = False,
     model: str | os.PathLike[str] | None = None,
+    heads: int | None = None,
+    groups: int | None = None,
+    head_size: int | None = None,
+    gated: bool | None = None,
+    expert_count: int | None = None,
 ) -> Conversion:
     """Write what was trained from a split start as plain LoRA for the unmodified base model.
 
@@ -75,13 +95,18 @@ def convert_adapter(
 
     Args:
         trained_folder: the adapter after training, in PEFT's format or in Megatron's.
-        start_folder: the artefact's folder, or an adapter that PEFT has saved before training, or what
-            `smartinit.export.export_adapter` has made of one; None: the start that the trained folder itself keeps.
+        start_folder: the artefact's folder, in the names of either, or an adapter that PEFT has saved before training,
+            or what `smartinit.export.export_adapter` has made of one; None: the start that the trained folder keeps.
         out_folder: where to.
         rank: at most this rank per layer, by truncated SVD; None: twice the rank, exactly.
         dtype: of the matrices; None: the wider of the two that come in.
         force: replace an existing adapter folder.
         model: the base model's folder or name, for the heads in Megatron's fused layers, where neither folder has them.
+        heads: as of `smartinit.export.export_adapter`, and so the others.
+        groups: of heads.
+        head_size: of one.
+        gated: whether feed-forward layers have a gate.
+        expert_count: experts of a layer.
 
     Returns:
         The conversion, with its relative error per layer and over all.
@@ -95,7 +120,15 @@ def convert_adapter(
 
     Cost: O((in + out)·r²) per layer; no matrix of a layer's size is formed.
     """
-    trained, start, told = _read(trained_folder, start_folder, model)
+    said = {
+        "model": model,
+        "heads": heads,
+        "groups": groups,
+        "head_size": head_size,
+        "gated": gated,
+        "expert_count": expert_count,
+    }
+    trained, start, told = _read(trained_folder, start_folder, said)
     conversion = convert(trained, start, rank=rank, dtype=dtype, fused=told is None)
     tensors: dict[str, torch.Tensor] = dict(conversion.others)
     tensors |= stored_tensors(conversion.factors, dtype=None, forms=trained.forms)
@@ -111,30 +144,38 @@ def convert_adapter(
 
 
 def _read(
-    trained_folder: str | os.PathLike[str],
-    start_folder: str | os.PathLike[str] | None,
-    model: str | os.PathLike[str] | None,
+    trained_folder: str | os.PathLike[str], start_folder: str | os.PathLike[str] | None, said: Mapping[str, Any]
 ) -> tuple[StoredAdapter, Start, dict[str, object] | None]:
     """What was trained, its start, and the configuration in the trained folder, if that is PEFT's."""
     path = Path(trained_folder)
-    megatron = (path / MARKER).is_file()
-    none_kept = f"'{path}' keeps no start of its own; name the folder that the training began with as start"
-    if megatron:
-        where = path if start_folder is None else Path(start_folder)
-        if start_folder is None and start_in(path) is None:
-            raise ConfigError(none_kept)
-        is_megatron = (where / MARKER).is_file()
-        start = read_megatron_start(where) if is_megatron else read_start(where)
-        shape = known_shape(ShardedFolder.open(where)) if is_megatron else None
-        trained, start = read_megatron_trained(path, start, model=model, shape=shape)
-        return trained, start, None
-    trained = read_adapter(path, allow_others=True)
-    if start_folder is None and not (path / START_FOLDER).is_dir():
-        raise ConfigError(none_kept)
+    where = path if start_folder is None else Path(start_folder)
+    trained_there = ShardedFolder.open(path) if (path / MARKER).is_file() else None
+    start_there = ShardedFolder.open(where) if (where / MARKER).is_file() else None
+    trained = None if trained_there is not None else read_adapter(path, allow_others=True)
+    if start_folder is None:
+        has_one = start_in(path) is not None if trained_there is not None else (path / START_FOLDER).is_dir()
+        if not has_one:
+            raise ConfigError(
+                f"'{path}' keeps no start of its own; name the folder that the training began with as start"
+            )
     if (path / REPORT_FILE).is_file():
         raise ConfigError(f"'{path}' was converted already ({REPORT_FILE} says so); use it as it is")
-    where = path if start_folder is None else Path(start_folder)
-    start = read_megatron_start(where) if (where / MARKER).is_file() else read_start(where)
+
+    def shape(base_model: str | None) -> DecoderShape:
+        folders = [folder for folder in (trained_there, start_there) if folder is not None]
+        known = next((one for folder in folders if (one := known_shape(folder)) is not None), None)
+        names = [name for folder in folders if (name := base_name(folder))]
+        return decoder_shape(**{"model": None, **said}, known=known, base_model=next(iter(names), base_model))
+
+    start = read_start(where) if start_there is None else read_megatron_start(where, shape=shape(None))
+    if has_megatron_names(start.effects) and not (trained is not None and has_megatron_names(trained.factors)):
+        written = spelling_in(trained_there) if trained_there is not None else spelling_of(trained.factors)  # type: ignore[union-attr]
+        start = start_in_peft_names(start, shape(start.base_model), written)
+        if start.config is None:  # it has split nothing, whatever its layers are called
+            kept = trained or read_megatron(path, shape=shape(start.base_model))
+            start = replace(start, effects=dict.fromkeys(kept.factors, "keeps"))
+    if trained is None:
+        return *read_megatron_trained(path, start, shape(start.base_model)), None
     config_file = path / CONFIG_FILE
     return trained, start, read_object(config_file, read_file(config_file))
 

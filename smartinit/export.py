@@ -7,33 +7,39 @@ after training.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from smartinit.adapters.conversion import without_base_weights
-from smartinit.errors import ArtefactError, ConfigError
+from smartinit.errors import ArtefactError, ConfigError, OutputError
 from smartinit.formats.files import new_folder, write_file
 from smartinit.formats.kept_start import kept_start, owner_of
 from smartinit.formats.megatron import FUSES, LAYOUTS, megatron_adapter
 from smartinit.formats.megatron_folder import MARKER, ShardedFolder, write_folder
+from smartinit.formats.megatron_names import Spelling
+from smartinit.formats.megatron_start import START_FILES, start_in
 from smartinit.formats.megatron_to_peft import peft_adapter
 from smartinit.formats.peft import CONFIG_FILE, TENSOR_FILE, read_adapter, read_file, write_adapter
 from smartinit.formats.record import RECORD_FILE, START_FOLDER
 from smartinit.formats.stamp import START_STAMP, file_digest
 from smartinit.formats.start import read_start, require_own_base
 from smartinit.formats.tensors import Form
-from smartinit.megatron_reading import START_FILES, as_peft, base_model, known_shape, spelling_in, start_in, tensors_of
+from smartinit.megatron_reading import as_peft, base_model, known_shape, read_megatron_start, spelling_in, tensors_of
+from smartinit.megatron_start_names import adapter_in_peft_names, has_megatron_names, start_in_peft_names
 from smartinit.model_shape import decoder_shape
+from smartinit.planning.plan import Plan
 from smartinit.stored_updates import stored_updates
+from smartinit.targets.patterns import alpha_for
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping
 
     from smartinit.formats.megatron import Fuse
     from smartinit.formats.megatron_shape import DecoderShape
     from smartinit.formats.peft import StoredAdapter
+    from smartinit.formats.start import Start
 
 __all__ = ["Export", "export_adapter"]
 
@@ -127,6 +133,7 @@ def export_adapter(
     """
     path = Path(adapter)
     _check_direction(path, to)
+    _check_apart(path, Path(out))
     said: dict[str, Any] = {
         "model": model,
         "heads": heads,
@@ -155,6 +162,19 @@ def export_adapter(
     return _to_megatron(path, Path(out), said, options, tensor_parallel, force=force)
 
 
+def _check_apart(path: Path, out: Path) -> None:
+    """Refuse to write into, or over, what is read.
+
+    Raises:
+        OutputError: the one is the other, or lies in it.
+    """
+    read, written = Path(os.path.realpath(path)), Path(os.path.realpath(out))
+    if written.is_relative_to(read) or read.is_relative_to(written):
+        raise OutputError(
+            f"'{out}' and the adapter '{path}' are one folder, or one lies in the other; name another one"
+        )
+
+
 def _check_direction(path: Path, to: str) -> None:
     if to not in ("megatron", "peft"):
         raise ConfigError(f"to={to!r} is not known; choose 'megatron' or 'peft'")
@@ -170,8 +190,10 @@ def _to_megatron(
     stored = read_adapter(path, allow_others=True)
     dropped = _require_no_others(stored)
     start, base = _start_of(path, stored)
-    layers, stacks = stored_updates(stored)
     shape = decoder_shape(**said, base_model=base)
+    if has_megatron_names(stored.factors):
+        stored = adapter_in_peft_names(stored, shape, Spelling())
+    layers, stacks = stored_updates(stored)
     made = megatron_adapter(layers, stacks, shape, **options)
     _check_ranks(made.config, made.tensors, shape, size)
     notes = [*made.notes, *dropped]
@@ -201,24 +223,25 @@ def _to_peft(path: Path, out: Path, said: dict[str, Any], experts: str | None, *
     if experts is not None and experts not in PEFT_EXPERTS:
         raise ConfigError(f"experts={experts!r} is not known for PEFT; choose one of {', '.join(PEFT_EXPERTS)}")
     stored = ShardedFolder.open(path)
-    start = start_in(path)
     shape = decoder_shape(**said, known=known_shape(stored), base_model=base_model(stored))
     spelling = spelling_in(stored)
+    start = _megatron_start(path, shape, spelling)
     if experts is not None:
         spelling = replace(spelling, experts=experts)  # type: ignore[arg-type] # checked above
     made = peft_adapter(tensors_of(stored), stored.config, shape, spelling)
-    config, plan, factors, parameters = as_peft(stored, made)
+    config, plan, factors, parameters = as_peft(stored.config, path, made)
     notes = list(made.notes)
-    stamps = {}
+    stamps: dict[str, str] = {}
     if start is not None:
         config.base_model_name_or_path = None
-        stamps = {START_STAMP: file_digest(start / TENSOR_FILE)}
         notes.append(
             "the start had split the base: the adapter goes with the residual base; smartinit convert turns it into "
             "plain LoRA for the base as it was"
         )
     with new_folder(out, force=force, marker=CONFIG_FILE) as unfinished:
-        _keep_start(start, unfinished)
+        if start is not None:
+            _write_start(start, unfinished / START_FOLDER)
+            stamps = {START_STAMP: file_digest(unfinished / START_FOLDER / TENSOR_FILE)}
         write_adapter(
             unfinished,
             config,
@@ -252,6 +275,40 @@ def _start_of(path: Path, stored: StoredAdapter) -> tuple[Path | None, str | Non
     require_own_base(stored)
     kept = kept_start(stored)
     return (None if kept is None else kept.folder), named
+
+
+def _megatron_start(path: Path, shape: DecoderShape, spelling: Spelling) -> Start | None:
+    """What the base has given up for a Megatron folder, in the names of PEFT; None: nothing.
+
+    Raises:
+        ConfigError: the start quantises the base.
+    """
+    if start_in(path) is None:
+        return None
+    start = read_megatron_start(path, shape=shape)
+    if "quantises" in start.effects.values():
+        raise ConfigError(
+            f"the start of '{path}' quantised the base of the parallel model, so the adapter belongs to that base and "
+            "to no other"
+        )
+    return start_in_peft_names(start, shape, spelling) if has_megatron_names(start.effects) else start
+
+
+def _write_start(start: Start, folder: Path) -> None:
+    """The two files of PEFT's; as they are, if it has them."""
+    assert start.config is not None  # noqa: S101 - it splits
+    if all((start.folder / name).is_file() for name in START_FILES) and not has_megatron_names(
+        read_adapter(start.folder).factors
+    ):
+        _keep_start(start.folder, folder.parent)
+        return
+    plan = Plan(
+        {name: pair.rank for name, pair in start.factors.items()},
+        {name: alpha_for(start.config, name) for name in start.factors},
+    )
+    config = start.config.copy()
+    config.base_model_name_or_path = None
+    write_adapter(folder, config, plan, start.factors, dtype=None, others={})
 
 
 def _require_no_others(stored: StoredAdapter) -> list[str]:

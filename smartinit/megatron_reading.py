@@ -6,17 +6,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from smartinit.config import LoraConfig
-from smartinit.errors import ArtefactError, VerificationError
+from smartinit.errors import ArtefactError
 from smartinit.factors import Factors
 from smartinit.formats.megatron_experts import parameter_matrices
 from smartinit.formats.megatron_folder import MARKER, ShardedFolder
 from smartinit.formats.megatron_names import Spelling, spelling_of, to_megatron
 from smartinit.formats.megatron_shape import shape_of
+from smartinit.formats.megatron_start import start_in
 from smartinit.formats.megatron_to_peft import peft_adapter
 from smartinit.formats.patterns import compact_patterns
-from smartinit.formats.peft import CONFIG_FILE, TENSOR_FILE, StoredAdapter
-from smartinit.formats.record import START_FOLDER
-from smartinit.formats.stamp import file_digest
+from smartinit.formats.peft import StoredAdapter
 from smartinit.formats.start import as_start, read_start
 from smartinit.formats.tensors import Form
 from smartinit.model_shape import decoder_shape
@@ -24,7 +23,9 @@ from smartinit.planning.plan import Plan
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping
     from pathlib import Path
+    from typing import Any
 
     import torch
 
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from smartinit.formats.megatron_shape import DecoderShape
     from smartinit.formats.megatron_to_peft import PeftAdapter
     from smartinit.formats.start import Start
-
-START_FILES = (CONFIG_FILE, TENSOR_FILE)
 
 
 def read_megatron(
@@ -57,15 +56,19 @@ def read_megatron(
     stored = ShardedFolder.open(folder)
     known = shape or decoder_shape(model, known=known_shape(stored), base_model=base_model(stored))
     made = peft_adapter(tensors_of(stored), stored.config, known, spelling or spelling_in(stored))
-    config, _, factors, _ = as_peft(stored, made)
+    config, _, factors, _ = as_peft(stored.config, stored.path, made)
     return StoredAdapter(stored.path, config, factors, {name: Form() for name in factors})
 
 
-def read_megatron_start(folder: str | os.PathLike[str]) -> Start:
+def read_megatron_start(folder: str | os.PathLike[str], *, shape: DecoderShape | None = None) -> Start:
     """What the base gave up for a Megatron folder before its training.
 
-    One that `smartinit.export.export_adapter` has written says so. Of any other the base is taken to have given up
-    ``s·B A`` if that is not zero, as of PEFT's folders.
+    One that `smartinit.export.export_adapter` or `smartinit.megatron.save_adapter` has written says so. Of any other
+    the base is taken to have given up ``s·B A`` if that is not zero, as of PEFT's folders.
+
+    Args:
+        folder: with ``megatron_adapter.json``.
+        shape: of the model, if the caller knows more than the folder.
 
     Raises:
         ArtefactError: it is no such folder, or its start is lost.
@@ -74,16 +77,29 @@ def read_megatron_start(folder: str | os.PathLike[str]) -> Start:
     """
     stored = ShardedFolder.open(folder)
     kept = start_in(stored.path)
+    if kept is not None and (kept / MARKER).is_file():
+        return replace(_sharded_start(kept, shape, spelling_in(stored)), base_model=base_model(stored))
     if kept is not None:
         return replace(read_start(kept), base_model=base_model(stored))
-    adapter = read_megatron(folder)
+    if "effect" in stored.config:  # the start in another folder, named by itself
+        return _sharded_start(stored.path, shape, spelling_in(stored))
+    adapter = read_megatron(folder, shape=shape)
     effect: Effect = "keeps" if "start" in stored.config else "splits"
-    start = as_start(adapter)
-    return replace(start, effects=dict.fromkeys(adapter.factors, effect), base_model=base_model(stored))
+    return replace(as_start(adapter), effects=dict.fromkeys(adapter.factors, effect), base_model=base_model(stored))
+
+
+def _sharded_start(folder: Path, shape: DecoderShape | None, spelling: Spelling) -> Start:
+    """A start that a parallel model's base gave up, see `smartinit.megatron.kept_start`."""
+    said = ShardedFolder.open(folder).config.get("effect")
+    if said not in ("splits", "quantises"):
+        raise ArtefactError(f"'{folder / MARKER}' says effect={said!r:.200}; expected 'splits' or 'quantises'")
+    adapter = read_megatron(folder, shape=shape, spelling=spelling)
+    effect: Effect = "quantises" if said == "quantises" else "splits"
+    return replace(as_start(adapter), effects=dict.fromkeys(adapter.factors, effect))
 
 
 def read_megatron_trained(
-    folder: str | os.PathLike[str], start: Start, *, model: str | os.PathLike[str] | None, shape: DecoderShape | None
+    folder: str | os.PathLike[str], start: Start, shape: DecoderShape
 ) -> tuple[StoredAdapter, Start]:
     """A trained Megatron folder in the names of its start; and that start, which knows of all of its layers.
 
@@ -92,41 +108,18 @@ def read_megatron_trained(
     Args:
         folder: with ``megatron_adapter.json``.
         start: what the training began with.
-        model: see `read_megatron`.
-        shape: of the model, if the start's folder knows it and this one does not.
+        shape: of the model.
 
     Raises:
         As `read_megatron`.
     """
-    stored = ShardedFolder.open(folder)
-    known = decoder_shape(model, known=known_shape(stored) or shape, base_model=base_model(stored) or start.base_model)
-    trained = read_megatron(folder, spelling=spelling_of(start.effects), shape=known)
-    places = {to_megatron(name, gated=known.gated).module for name in start.effects}
+    trained = read_megatron(folder, spelling=spelling_of(start.effects), shape=shape)
+    places = {to_megatron(name, gated=shape.gated).module for name in start.effects}
     effects = dict(start.effects)
     for name in trained.factors:
-        if name not in effects and to_megatron(name, gated=known.gated).module in places:
+        if name not in effects and to_megatron(name, gated=shape.gated).module in places:
             effects[name] = "keeps"
     return trained, replace(start, effects=effects)
-
-
-def start_in(folder: Path) -> Path | None:
-    """The start that a Megatron folder keeps; None where nothing was split.
-
-    Raises:
-        ArtefactError: it is lost.
-        VerificationError: it is another one.
-    """
-    stored = ShardedFolder.open(folder)
-    said = stored.config.get("start")
-    if said is None:
-        return None
-    start = folder / START_FOLDER
-    for name in START_FILES:
-        if not (start / name).is_file():
-            raise ArtefactError(f"'{start / name}' is missing: '{folder}' has lost its start; export it again")
-        if not isinstance(said, dict) or file_digest(start / name) != said.get(name):
-            raise VerificationError(f"'{start / name}' is not the file that '{folder / MARKER}' was written with")
-    return start
 
 
 def tensors_of(stored: ShardedFolder) -> dict[str, torch.Tensor]:
@@ -142,8 +135,19 @@ def known_shape(stored: ShardedFolder) -> DecoderShape | None:
     return shape_of(said)
 
 
-def as_peft(stored: ShardedFolder, made: PeftAdapter) -> tuple[LoraConfig, Plan, dict[str, Factors], dict[str, str]]:
-    """Configuration, ranks, matrices, and which names are parameters', as PEFT's files have them."""
+def as_peft(
+    values: Mapping[str, Any], folder: Path, made: PeftAdapter
+) -> tuple[LoraConfig, Plan, dict[str, Factors], dict[str, str]]:
+    """Configuration, ranks, matrices, and which names are parameters', as PEFT's files have them.
+
+    Args:
+        values: what the folder says besides: ``dropout``, ``task_type``, ``base_model``.
+        folder: for messages.
+        made: the adapter.
+
+    Raises:
+        ArtefactError: it has no layer.
+    """
     factors = {name: Factors(u.a, u.b, magnitude=u.magnitude) for name, u in made.layers.items()}
     updates = {name: (u.rank, u.alpha) for name, u in made.layers.items()}
     parameters: dict[str, str] = {}
@@ -155,9 +159,9 @@ def as_peft(stored: ShardedFolder, made: PeftAdapter) -> tuple[LoraConfig, Plan,
         updates[path] = update.rank, update.alpha
         parameters[path] = name
     if not factors:
-        raise ArtefactError(f"'{stored.path}' holds no adapter weights")
+        raise ArtefactError(f"'{folder}' holds no adapter weights")
     plan = Plan({name: r for name, (r, _) in updates.items()}, {name: alpha for name, (_, alpha) in updates.items()})
-    dropout, task = stored.config.get("dropout", 0.0), stored.config.get("task_type")
+    dropout, task, model = values.get("dropout", 0.0), values.get("task_type"), values.get("base_model")
     full = {name: parameters.get(name, name) for name in updates}  # patterns know parameters by their own names
     patterns = compact_patterns(
         Plan({full[n]: r for n, r in plan.ranks.items()}, {full[n]: alpha for n, alpha in plan.alphas.items()})
@@ -172,7 +176,7 @@ def as_peft(stored: ShardedFolder, made: PeftAdapter) -> tuple[LoraConfig, Plan,
         target_parameters=list(parameters.values()) or None,
         use_dora=any(update.magnitude is not None for update in made.layers.values()),
         task_type=task if isinstance(task, str) else None,
-        base_model_name_or_path=base_model(stored),
+        base_model_name_or_path=model if isinstance(model, str) else None,
         inference_mode=True,
     )
     return config, plan, factors, parameters

@@ -41,7 +41,16 @@ TIERS = (
     # the only nn.Module code; it knows of no method and no planner
     tier("targets activations adapters", 0, 1, 3, 4),
     # the other file code
-    tier("data artefact artefact_record convert export megatron_reading model_shape store stored_updates", 0, 1, 2, 3, 4, 5),
+    tier(
+        "data artefact artefact_record convert export megatron_reading megatron_start_names model_shape store "
+        "stored_updates",
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+    ),
     tier("streaming distributed", 0, 1, 2, 3, 4, 5, 6),
     tier(
         "pipeline collect corda_files decomposition gradients initialisation job layer_start observation "

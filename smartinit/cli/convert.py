@@ -21,6 +21,11 @@ _SHOWN_EXACT = 1e-12
 @click.argument("trained", type=click.Path(path_type=Path))
 @click.option("--start", type=click.Path(path_type=Path), help="Where training began, unless TRAINED keeps it.")
 @click.option("--model", metavar="DIR_OR_ID", help="Base model, where a Megatron folder does not say its heads.")
+@click.option("--heads", type=click.IntRange(min=1), help="Attention heads, in place of what the model says.")
+@click.option("--groups", type=click.IntRange(min=1), help="Query groups: heads that share a key and a value.")
+@click.option("--head-size", type=click.IntRange(min=1), help="Size of a head.")
+@click.option("--gated/--not-gated", default=None, help="Whether feed-forward layers have a gate.")
+@click.option("--expert-count", type=click.IntRange(min=1), help="Experts of a layer.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--rank", type=click.IntRange(min=1), help="Cut to this rank, and show the error.")
 @click.option("--force", is_flag=True, help="Replace an existing adapter folder.")
@@ -29,11 +34,9 @@ def command(
     trained: Path,
     *,
     start: Path | None,
-    model: str | None,
     out: Path,
-    rank: int | None,
-    force: bool,
     as_json: bool,
+    **options: Any,  # noqa: ANN401
 ) -> None:
     """Turn an adapter that was trained from a split (pissa, olora, corda …) into plain LoRA.
 
@@ -45,7 +48,7 @@ def command(
 
     output = Output(as_json=as_json)
     with output.work():
-        conversion = convert_adapter(trained, start, out, rank=rank, force=force, model=model)
+        conversion = convert_adapter(trained, start, out, **options)
     document = _describe(conversion, trained, start, out)
     output.result(document, _render(document))
 

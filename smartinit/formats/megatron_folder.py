@@ -16,7 +16,6 @@ finished.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +36,7 @@ MARKER = "megatron_adapter.json"
 FORMAT = "smartinit-megatron-1"
 PEFT_TYPES = ("lora", "dora", "canonical_lora")
 _MOST_BYTES = 2**28  # of JSON: about a million pieces
+_LARGEST = 2**40  # dim, and alpha
 _STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -219,16 +219,21 @@ class ShardedFolder:
         fine = fine and all(0 <= a < b <= n for (a, b), n in zip(wanted, layout.shape, strict=True))
         if not fine:
             raise ConfigError(f"'{key}' of shape {layout.shape} has no part {[list(pair) for pair in wanted]}")
-        out = torch.empty([stop - start for start, stop in wanted], dtype=layout.dtype)
+        overlapping = []
         for piece in layout.pieces:
             pairs = list(zip(piece.ranges, wanted, strict=True))
             common = [(max(a, c), min(b, d)) for (a, b), (c, d) in pairs]
-            if any(start >= stop for start, stop in common):
-                continue
+            if all(start < stop for start, stop in common):
+                overlapping.append((piece, common, self._held(key, layout, piece)))
+        out = torch.empty([stop - start for start, stop in wanted], dtype=layout.dtype)  # the files have as much
+        for piece, common, held in overlapping:
             cuts = zip(common, piece.ranges, piece.at, strict=True)
             inside = tuple(slice(a - first + at, b - first + at) for (a, b), (first, _), at in cuts)
             into = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, wanted, strict=True))
-            out[into] = self._cut(key, layout, piece, inside)
+            try:
+                out[into] = held[inside]
+            except (SafetensorError, OSError) as error:
+                raise self._broken(key, self.path / piece.file, error) from error
         if not torch.isfinite(out).all():
             raise VerificationError(f"'{key}' in '{self.path}' holds NaN or Inf; load another checkpoint")
         return out
@@ -255,7 +260,14 @@ class ShardedFolder:
             raise UnknownNameError(f"'{self.path}' holds no '{key}'")
         return self.layouts[key]
 
-    def _cut(self, key: str, layout: Layout, piece: Piece, inside: tuple[slice, ...]) -> torch.Tensor:
+    def _broken(self, key: str, path: Path, error: Exception) -> ArtefactError:
+        return ArtefactError(
+            f"cannot read '{key}' from '{path}' ({error}); the file is broken or of another adapter, so copy the whole "
+            "folder again"
+        )
+
+    def _held(self, key: str, layout: Layout, piece: Piece) -> Any:  # noqa: ANN401 - a slice of safetensors
+        """A file's tensor, of which only the header was looked at."""
         name = piece.file
         path = self.path / name
         try:
@@ -270,12 +282,9 @@ class ShardedFolder:
                     f"'{path}' holds '{key}' of shape {shape} and {dtype}, where {MARKER} says {least} and "
                     f"{layout.dtype}; the files are not of one adapter, so copy the whole folder again"
                 )
-            return held[inside]  # type: ignore[no-any-return]
         except (SafetensorError, OSError) as error:
-            raise ArtefactError(
-                f"cannot read '{key}' from '{path}' ({error}); the file is broken or of another adapter, so copy the "
-                "whole folder again"
-            ) from error
+            raise self._broken(key, path, error) from error
+        return held
 
 
 def _checked(path: Path, values: dict[str, object]) -> tuple[dict[str, Any], dict[str, Layout]]:
@@ -289,17 +298,42 @@ def _checked(path: Path, values: dict[str, object]) -> tuple[dict[str, Any], dic
             f"'{path}' has format {values.get('format')!r}, but this version reads {FORMAT!r}; upgrade smartinit"
         )
     kind, dim, alpha, targets = (values.get(name) for name in ("peft_type", "dim", "alpha", "target_modules"))
+    others = values.get("exclude_modules") or values.get("canonical_mapping")  # then there need be no targets
     faults = {
         "peft_type": kind not in PEFT_TYPES,
-        "dim": not isinstance(dim, int) or isinstance(dim, bool) or dim < 1,
-        "alpha": not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < math.inf,
-        "target_modules": not isinstance(targets, list) or not all(isinstance(name, str) for name in targets),
+        "dim": not _is_dim(dim),
+        "alpha": not _is_alpha(alpha),
+        "target_modules": not isinstance(targets, list)
+        or not all(isinstance(name, str) for name in targets)
+        or not (targets or others),
+        "layers": not isinstance(values.get("layers", {}), dict),
     }
     for name, wrong in faults.items():
         if wrong:
-            raise ArtefactError(f"'{path}' says {name}={values.get(name)!r}, which is no {name} of an adapter")
+            raise ArtefactError(f"'{path}' says {name}={_short(values.get(name))}, which is no {name} of an adapter")
+    layers = values.get("layers", {})
+    for layer, own in layers.items() if isinstance(layers, dict) else ():
+        entry = own if isinstance(own, dict) else {"dim": None}
+        if not _is_dim(entry.get("dim", dim)) or not _is_alpha(entry.get("alpha", alpha)):
+            raise ArtefactError(f"'{path}' says {_short(own)} of layer '{layer}'; expected a dim and an alpha above 0")
     tensors = values.get("tensors")
     if not isinstance(tensors, dict) or not tensors:
         raise ArtefactError(f"'{path}' lists no tensors")
     layouts = {key: layout_of(key, value, str(path)) for key, value in tensors.items()}
     return {key: value for key, value in values.items() if key != "tensors"}, layouts
+
+
+def _is_dim(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST
+
+
+def _is_alpha(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= _LARGEST
+
+
+def _short(value: object) -> str:
+    """For messages; numbers of thousands of digits have no decimal form in Python."""
+    try:
+        return f"{value!r:.200}"
+    except ValueError:
+        return "a number of thousands of digits"

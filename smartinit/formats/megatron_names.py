@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from smartinit.errors import ArtefactError
 
@@ -113,6 +113,7 @@ class Spelling:
             key in default and isinstance(value, type(default[key])) for key, value in given.items()
         )
         names = [str(value) for key, value in given.items() if key != "w"]
+        fine = fine and given.get("experts", default["experts"]) in get_args(Experts)
         if not fine or not all(re.fullmatch(r"(?:[A-Za-z0-9_]+\.?)*", name) for name in names):
             raise ArtefactError(f"{values!r} does not say how a model writes its names; the folder is broken")
         return cls(**given)

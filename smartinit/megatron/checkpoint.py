@@ -19,13 +19,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from smartinit import __version__
-from smartinit.errors import ArtefactError, ConfigError, ModelError, OutputError
+from smartinit.errors import ConfigError, ModelError, OutputError
 from smartinit.formats.files import new_folder, write_file
 from smartinit.formats.megatron_folder import MARKER, ShardedFolder, shard_file, write_marker, write_shard
 from smartinit.formats.megatron_layout import Layout, Piece, layout_of
 from smartinit.formats.peft import read_object
+from smartinit.formats.record import START_FOLDER
+from smartinit.formats.stamp import file_digest
 from smartinit.megatron.agreement import every_number, everyone, failing_together, own_rank
-from smartinit.megatron.shards import adapter_shards
+from smartinit.megatron.kept_start import compared, loaded_start, remember, start_shards
+from smartinit.megatron.shards import adapter_shards, number_of, read_part
 from smartinit.megatron.walk import adapted_layers
 
 if TYPE_CHECKING:
@@ -50,11 +53,13 @@ def save_adapter(
         peft: what the model was adapted with, to be noted in the folder; None: what the layers say.
         force: replace an adapter folder that is there.
 
+    Where base weights have given up a start, the folder keeps it in ``start``, which `smartinit convert` needs.
+
     Returns:
         The folder's path.
 
     Raises:
-        ModelError: the model has no adapter on any rank, or one that cannot be saved.
+        ModelError: the model has no adapter on any rank, or one that cannot be saved; or a base of several starts.
         OutputError: the folder exists already, cannot be written, or is not seen by all ranks.
         VerificationError: NaN or Inf in a weight. After each of these there is no new folder; if one rank meets it,
             all ranks raise it.
@@ -67,30 +72,48 @@ def save_adapter(
     with failing_together():
         shards = adapter_shards(model)
         kind = _kind(model, peft)
+        start, effect = start_shards(model)
+        loaded = loaded_start(model)
+    effects = sorted(one for one in everyone(effect) if one)  # quantises before splits
+    known = sorted({text for text in everyone("" if loaded is None else loaded.text()) if text})
     kinds = sorted(one for one in everyone(kind) if one)  # canonical_lora before lora
     if not kinds:
         raise ModelError("the model has no adapters to save; adapt it first: LoRA(...)(model)")
+    if len(known) + bool(effects) > 1:
+        raise ModelError(
+            "the base of this model has given up several starts, one over the other, so no adapter goes with the "
+            "unmodified base; load the base model again, and one start"
+        )
     mine = _owned(list(shards.values()))
+    mine_of_start = _owned(list(start.values())) if effects else []
     rank, (size, path) = own_rank(), _agreed(folder)
     with ExitStack() as stack:
         unfinished = path
         with failing_together():
             if rank == 0:
                 unfinished = stack.enter_context(new_folder(path, force=force, marker=MARKER))
+                if effects or known:
+                    (unfinished / START_FOLDER).mkdir()
         unfinished = Path(everyone(str(unfinished))[0])
         with failing_together():
             if not unfinished.is_dir():
                 raise OutputError(f"this rank does not see '{unfinished}'; save to a file system that all ranks share")
             _write_own(unfinished, mine, shards.values(), rank, size)
+            if effects:
+                _write_own(unfinished / START_FOLDER, mine_of_start, start.values(), rank, size)
+            for name, content in ({} if loaded is None else loaded.files).items():
+                write_file(unfinished / START_FOLDER / name, content)
         with failing_together():
             if rank == 0:
-                _finish(unfinished, {"peft_type": kinds[0], **_fields(peft)}, size)
+                said = json.loads(known[0])["about"] if known else {}
+                said["start"] = _finished_start(unfinished / START_FOLDER, kinds[0], effects, size)
+                _finish(unfinished, {"peft_type": kinds[0], **_fields(peft), **said}, size)
         with failing_together():
             stack.close()  # it takes its name
     return path
 
 
-def load_adapter(model: Model, folder: str | os.PathLike[str]) -> dict[str, Any]:
+def load_adapter(model: Model, folder: str | os.PathLike[str], *, residual_base: bool = False) -> dict[str, Any]:
     """Set the adapters of a model to those of a folder, at any number of ranks; every rank must call this.
 
     All is checked, on all ranks, before the first weight is written.
@@ -98,6 +121,8 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> dict[str, Any]
     Args:
         model: adapted as the saved one was; a module or chunks, in wrappers or not.
         folder: that `save_adapter` or `smartinit.formats.megatron_folder.write_folder` has made.
+        residual_base: whether the model's base weights are what the start of the folder's adapter has left of them, as
+            `smartinit.convert.save_residual_model` writes them. `save_adapter` keeps that start then.
 
     Returns:
         The folder's configuration.
@@ -106,7 +131,12 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> dict[str, Any]
         MissingFileError, ArtefactError: there is no such folder, or it is broken.
         ConfigError: the model was adapted otherwise: other layers, another dim or alpha, separate adapters for experts
             that share one; or it cannot take one as it is merged.
-        VerificationError: NaN or Inf in the folder. The model is as it was after each of these, on all ranks.
+        VerificationError: NaN or Inf in the folder; or its start is not the one that it was saved with. The model is as
+            it was after each of these, on all ranks.
+
+    Warns:
+        UserWarning: the folder is for a base that has given its start up, and the model's has not, as far as is known;
+            or the other way round.
 
     Cost: each rank reads its own shards. Numbers are rounded to the dtype that the model's adapters have.
     """
@@ -118,18 +148,20 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> dict[str, Any]
                 raise ConfigError(f"the adapter of '{place.whole_name}' is merged into its base weight; un-merge first")
         for shard in shards.values():
             _check_fits(saved, shard)
-    known = {number for row in every_number([_number(key) for key in shards]) for number in row}
+    known = {number for row in every_number([number_of(key) for key in shards]) for number in row}
     with failing_together():
-        extra = [key for key in saved.keys() if _number(key) not in known]  # noqa: SIM118 - not a dict
+        extra = [key for key in saved.keys() if number_of(key) not in known]  # noqa: SIM118 - not a dict
         if extra:
             raise ConfigError(
                 f"'{saved.path}' holds {len(extra)} tensors, '{extra[0]}' among them, which the model has no place for "
                 f"on any rank; adapt it as the saved one was: target_modules={saved.config['target_modules']}"
             )
-        read = {key: _read(saved, shard) for key, shard in shards.items()}
+        read = {key: read_part(saved, shard) for key, shard in shards.items()}
+    start = compared(model, saved, residual_base=residual_base)
     with torch.no_grad():
         for key, shard in shards.items():
             shard.parameter.copy_(read[key])
+    remember(model, start)
     return dict(saved.config)
 
 
@@ -191,11 +223,6 @@ def _plain(value: object) -> Any:  # noqa: ANN401 - whatever JSON has
     return str(value).removeprefix("torch.")
 
 
-def _number(text: str) -> int:
-    """64 bits that stand for a text, the same on every rank."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
-
-
 def _digest(parameter: torch.Tensor) -> int:
     """64 bits that stand for the numbers of a parameter."""
     content = parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
@@ -205,7 +232,7 @@ def _digest(parameter: torch.Tensor) -> int:
 def _owned(shards: list[Shard]) -> list[Shard]:
     """Those which no rank before this one has as well; collective."""
     rank = own_rank()
-    numbers = [_number(json.dumps([shard.key, shard.parts])) for shard in shards]
+    numbers = [number_of(json.dumps([shard.key, shard.parts])) for shard in shards]
     digests = [_digest(shard.parameter) for shard in shards]
     rows = every_number([*numbers, *digests])
     first: dict[int, tuple[int, int]] = {}
@@ -249,6 +276,15 @@ def _note(folder: Path, rank: int, size: int) -> Path:
     return (folder / shard_file(rank, size)).with_suffix(".json")
 
 
+def _finished_start(folder: Path, kind: str, effects: list[str], size: int) -> dict[str, str] | None:
+    """File -> digest of the start beside an adapter; None where the base is the original one."""
+    if effects:
+        _finish(folder, {"peft_type": "lora" if kind == "dora" else kind, "effect": effects[0]}, size)
+    if not folder.is_dir():
+        return None
+    return {file.name: file_digest(file) for file in sorted(folder.iterdir())}
+
+
 def _finish(folder: Path, config: Mapping[str, Any], size: int) -> None:
     """The JSON of the whole, from what all ranks have noted."""
     entries: dict[str, dict[str, Any]] = {}
@@ -271,6 +307,8 @@ def _finish(folder: Path, config: Mapping[str, Any], size: int) -> None:
         layers.update(noted["layers"])
         gated |= noted["gated"]
     ((most, _),) = Counter((dim, alpha) for dim, alpha in layers.values()).most_common(1)
+    if not (config.get("target_modules") or config.get("exclude_modules") or config.get("canonical_mapping")):
+        config = {name: value for name, value in config.items() if name != "target_modules"}
     common = {"dim": config.get("dim", most[0]), "alpha": config.get("alpha", most[1])}
     values = {
         "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
@@ -291,7 +329,7 @@ def _check_fits(saved: ShardedFolder, shard: Shard) -> None:
     """Whether the folder has what a parameter needs.
 
     Raises:
-        ConfigError, ArtefactError: it has not.
+        ConfigError: it has not.
     """
     if shard.key not in saved:
         raise ConfigError(
@@ -299,27 +337,16 @@ def _check_fits(saved: ShardedFolder, shard: Shard) -> None:
             f"peft_type={saved.config['peft_type']!r}, target_modules={saved.config['target_modules']}"
         )
     layers = saved.config.get("layers", {})
-    own = layers.get(shard.layer, {}) if isinstance(layers, dict) else None
-    if not isinstance(own, dict):
-        raise ArtefactError(f"'{saved.path / MARKER}' says layers={layers!r:.200}; expected dim and alpha by layer")
+    own = layers.get(shard.projection, layers.get(shard.layer, {}))
     for name, ours in (("dim", shard.dim), ("alpha", shard.alpha)):
         theirs = own.get(name, saved.config[name])
         if ours and theirs != ours:
             raise ConfigError(
-                f"'{shard.layer}' has {name} {theirs} in '{saved.path}', and {ours:g} in the model; adapt the model "
-                f"with {name}={theirs}"
+                f"'{shard.projection}' has {name} {theirs} in '{saved.path}', and {ours:g} in the model; adapt the "
+                f"model with {name}={theirs}"
             )
     if saved.shape(shard.key) != shard.shape:
         raise ConfigError(
             f"'{shard.key}' is {saved.shape(shard.key)} in '{saved.path}', and {shard.shape} in the model; load it "
             "into the model that it was trained for, adapted with the same options"
         )
-
-
-def _read(saved: ShardedFolder, shard: Shard) -> torch.Tensor:
-    """What a parameter is to hold."""
-    out = torch.empty(shard.parameter.shape, dtype=saved.dtype(shard.key))
-    for ranges, at in shard.parts:
-        into = tuple(slice(first, first + b - a) for first, (a, b) in zip(at, ranges, strict=True))
-        out[into] = saved.read(shard.key, ranges)
-    return out

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import torch
 
 from smartinit.adapters.parallel.collectives import rank_of, size_of
 from smartinit.adapters.parallel.stored import stored
@@ -12,14 +16,14 @@ from smartinit.formats.megatron_layout import Ranges, parts
 from smartinit.megatron.walk import adapted_layers
 
 if TYPE_CHECKING:
-    import torch
-
     from smartinit.adapters.parallel.layer import AdaptedLayer
     from smartinit.adapters.parallel.stored import Stored
+    from smartinit.formats.megatron_folder import ShardedFolder
     from smartinit.megatron.walk import Model, Place
 
 
 Parts = tuple[tuple[Ranges, tuple[int, ...]], ...]
+_PROJECTION = re.compile(r"adapter\.(adapter_\w+)\.")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,30 @@ class Shard:
     parts: Parts
     gated: bool
 
+    @property
+    def projection(self) -> str:
+        """The layer's name, of an adapter of one of its projections ``….linear_qkv.adapter_q``."""
+        match = _PROJECTION.match(self.key.removeprefix(f"{self.layer}."))
+        return self.layer if match is None else f"{self.layer}.{match[1]}"
+
+
+def number_of(text: str) -> int:
+    """64 bits that stand for a text, the same on every rank."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
+
+
+def read_part(saved: ShardedFolder, shard: Shard) -> torch.Tensor:
+    """What a folder has for a parameter.
+
+    Raises:
+        ArtefactError, VerificationError: see `ShardedFolder.read`.
+    """
+    cuts = [(at, saved.read(shard.key, ranges)) for ranges, at in shard.parts]
+    out = torch.empty(shard.parameter.shape, dtype=saved.dtype(shard.key))
+    for at, cut in cuts:
+        out[tuple(slice(first, first + n) for first, n in zip(at, cut.shape, strict=True))] = cut
+    return out
+
 
 def adapter_shards(model: Model) -> dict[str, Shard]:
     """Every parameter of the model's adapters, by key.
@@ -55,7 +83,7 @@ def adapter_shards(model: Model) -> dict[str, Shard]:
     """
     found: dict[str, Shard] = {}
     for place, layer in adapted_layers(model):
-        for shard in _of_layer(place, layer):
+        for shard in shards_of(place, layer):
             if shard.key in found:
                 raise ModelError(
                     f"two adapters of this rank have the name '{shard.key}' in the whole model; give the layers of "
@@ -65,7 +93,12 @@ def adapter_shards(model: Model) -> dict[str, Shard]:
     return found
 
 
-def _of_layer(place: Place, layer: AdaptedLayer) -> list[Shard]:
+def shards_of(place: Place, layer: AdaptedLayer) -> list[Shard]:
+    """The parameters of one layer's adapter, in the order of `smartinit.adapters.parallel.stored.stored`.
+
+    Raises:
+        ModelError: see `adapter_shards`.
+    """
     out = []
     for part in stored(layer.adapter, layer.base):
         key = f"{place.whole_name}.{part.path}" if place.whole_name else part.path
