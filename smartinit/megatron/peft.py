@@ -92,7 +92,8 @@ class PEFT(ModuleMatcher):
             TargetError: a target that is the name of no module, on any rank.
             ModelError: a target that cannot have an adapter. The model is as it was after each of these.
         """
-        self.check()
+        with failing_together():
+            self.check()
         kept = {id(p) for _, layer in adapted_layers(model) for p in layer.adapter.parameters() if p.requires_grad}
         made, started = self._made(model)
         again = [layer for place, layer in adapted_layers(model) if self._means(place) and _is_frozen(layer)]

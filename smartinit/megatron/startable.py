@@ -106,6 +106,10 @@ class Startable(PEFT):
     ) -> Artefact:
         """Compute the start of all adapters by ``lora_A_init_method``, and write it; collective.
 
+        Where the adapters hold this very start already, as after ``lora(model)`` by a method that splits weights and
+        needs no data, nothing changes, and it is returned. Weights that have given up another start, which the adapters
+        still hold, first have it back, to a rounding.
+
         Args:
             model: adapted by this configuration. What data pass through is its base, whatever the adapters hold.
             dataloader: for methods that read data; ranks that share a layer must get the same batches, data-parallel
@@ -131,12 +135,14 @@ class Startable(PEFT):
             ConfigError: a method of Megatron's own, no data for a method that needs it, or layers that it cannot start.
             DataError: data that cannot be used.
             TargetError: a model without adapters.
-            ModelError: weights that cannot be read or changed, or have been changed by an earlier start. The model is
-                as it was after each of these.
+            ModelError: weights that cannot be read or changed; or that have given up an earlier start to adapters that
+                were trained since. The model is as it was after each of these.
 
         Cost: that of `smartinit.compute` on every rank, for whole layers: a weight is gathered while it is decomposed,
-        and of the layers' inputs what other ranks have of them.
+        and of the layers' inputs what other ranks have of them. Where weights have something back first, a copy of them
+        is in the CPU's memory meanwhile.
         """
+        from smartinit.megatron.again import earlier, given_back
         from smartinit.megatron.start import method_of
 
         method = method_of(self.lora_A_init_method)
@@ -156,13 +162,19 @@ class Startable(PEFT):
             "provenance": provenance or {},
             "show_progress_bar": show_progress_bar,
         }
-        chunks = model if isinstance(model, list) else [model]
-        artefact = self._started(method, self._adapters(model), chunks[0], len(chunks), dataloader, options)
+        chunks, targets = model if isinstance(model, list) else [model], self._adapters(model)
+        if method.needs is None and (known := earlier(targets, method, seed, provenance or {})) is not None:
+            return known
+        with given_back(targets):
+            artefact = self._started(method, targets, chunks[0], len(chunks), dataloader, options)
         assert artefact is not None  # noqa: S101 - there are adapters
         return artefact
 
     def apply(self, model: Model, artefact: Artefact) -> None:
         """Write a start that was computed before, or elsewhere, into the adapters; collective.
+
+        Weights that have given up an earlier start, which the adapters still hold, first have it back, to a rounding;
+        if it is this very start, nothing changes.
 
         Args:
             model: adapted by this configuration.
@@ -173,13 +185,20 @@ class Startable(PEFT):
             ArtefactError: it is for other layers, ranks or scalings.
             TargetError, ModelError: see `initialize`. The model is as it was after each of these.
         """
+        from smartinit.megatron.again import given_back, has_this_start, remember
         from smartinit.megatron.start import agreed, check_fit, known_names, same_names
 
         targets = self._adapters(model)
         names = known_names(targets)
         with failing_together():
             check_fit(targets, artefact.factors, artefact.plan, names)
-        self._write(targets, agreed(targets, artefact.factors, everywhere=same_names(targets)))
+        factors = agreed(targets, artefact.factors, everywhere=same_names(targets))
+        if has_this_start(targets, factors):
+            return
+        # A base weight that comes with the start takes the place of whatever is there.
+        with given_back([target for target in targets if factors[target.name].base is None]):
+            self._write(targets, factors)
+        remember(targets, artefact)
 
     def restore_base(self, model: Model) -> None:
         """Give base weights back what a splitting method took from them, to a rounding; adapters stay; collective.
@@ -187,19 +206,21 @@ class Startable(PEFT):
         The model then computes ``W x + s·B A x``: to go on with what was trained, subtract the start from the adapters
         (``smartinit convert``).
 
+        Trained magnitudes of `DoRA` stay as well.
+
         Raises:
             ModelError: a weight that a method has quantised; the model is as it was.
         """
-        from smartinit.megatron.writing import check_restorable, restore_base
+        from smartinit.megatron.writing import check_restorable, give_back
 
         with failing_together():
             targets = self._start_targets(adapted_layers(model))
             check_restorable(targets)
-        restore_base(targets)
+        give_back(targets)
 
     def _adapters(self, model: Model) -> list[ShardedTarget]:
-        """The adapters of a model, whose base weights are the original ones."""
-        from smartinit.megatron.writing import check_unchanged
+        """The adapters of a model, whose base weights are the original ones, or can be so again."""
+        from smartinit.megatron.again import check_as_started
 
         with failing_together():
             targets = self._start_targets(adapted_layers(model))
@@ -207,7 +228,7 @@ class Startable(PEFT):
                 raise TargetError(
                     f"the model has no adapters to start; adapt it first: {type(self).__name__}(...)(model)"
                 )
-            check_unchanged(targets)
+            check_as_started(targets)
         return targets
 
     def _start_targets(self, layers: Iterable[tuple[Place, AdaptedLayer]]) -> list[ShardedTarget]:
@@ -225,6 +246,7 @@ class Startable(PEFT):
         options: Mapping[str, Any],
     ) -> Artefact | None:
         """Compute and write; None if this rank has no layer (it takes part in what is exchanged)."""
+        from smartinit.megatron.again import remember
         from smartinit.megatron.start import agreed, check_layers, compute_start, same_names
 
         everywhere, artefact = same_names(targets), None
@@ -238,7 +260,10 @@ class Startable(PEFT):
         else:
             factors = agreed(targets, artefact.factors, everywhere=everywhere)
         self._write(targets, factors)
-        return None if artefact is None else replace(artefact, factors=factors)
+        if artefact is None:
+            return None
+        remember(targets, artefact)
+        return replace(artefact, factors=factors)
 
     def _write(self, targets: Sequence[ShardedTarget], factors: Mapping[str, Factors]) -> None:
         from smartinit.megatron.writing import check_writable, write

@@ -42,20 +42,6 @@ class GivenUp(nn.Module):
         self.scaling, self.effect = scaling, effect
 
 
-def check_unchanged(targets: Iterable[ShardedTarget]) -> None:
-    """Whether every base weight is the original one.
-
-    Raises:
-        ModelError: one has given up an earlier start.
-    """
-    for target in targets:
-        if given_up(target.layer, target.note) is not None:
-            raise ModelError(
-                f"the weight of '{target.name}' has given up an earlier start, so it is not the original any more; "
-                "load the base model again, or give it back first (restore_base)"
-            )
-
-
 def check_restorable(targets: Iterable[ShardedTarget]) -> None:
     """Whether base weights can be given back what they gave up.
 
@@ -107,27 +93,26 @@ def write(targets: Sequence[ShardedTarget], factors: Mapping[str, Factors]) -> N
     for target in targets:
         pair, adapter = factors[target.name], target.adapter
         a, b = rounded(target, pair)
-        own = _own(target, a, "in"), _own(target, b, "out")
+        own = own_shards(target, pair)
         if pair.effect in _CHANGING:
             target.change_weight(_changed(target, pair, a, b))
-            _notes(target.layer)[target.note] = GivenUp(*own, adapter.scaling, pair.effect)
+            noted(target, GivenUp(*own, adapter.scaling, pair.effect))
         for factor, shard in zip((adapter.linear_in, adapter.linear_out), own, strict=True):
             (factor.weight if target.expert is None else factor.weight[target.expert]).copy_(shard)
         _set_trained(adapter, pair.trains)
-    _reset_magnitudes(targets)
+    renew_magnitudes(targets)
 
 
 @torch.no_grad()
-def restore_base(targets: Sequence[ShardedTarget]) -> None:
+def give_back(targets: Iterable[ShardedTarget]) -> None:
     """Give base weights back what splits took from them, to a rounding; adapters stay as they are. Collective."""
     for target in targets:
         if (start := given_up(target.layer, target.note)) is None:
             continue
         stored = target.changeable_weight()
-        delta = target.delta(_joined(target, start.a, "in"), _joined(target, start.b, "out"), start.scaling)
+        delta = target.delta(joined(target, start.a, "in"), joined(target, start.b, "out"), start.scaling)
         target.change_weight(stored + delta)
-        del _notes(target.layer)[target.note]
-    _reset_magnitudes(targets)
+        noted(target, None)
 
 
 def given_up(layer: AdaptedLayer, note: str) -> GivenUp | None:
@@ -135,6 +120,21 @@ def given_up(layer: AdaptedLayer, note: str) -> GivenUp | None:
     notes = layer._modules.get(_PART)  # noqa: SLF001
     found = notes[note] if isinstance(notes, nn.ModuleDict) and note in notes else None
     return found if isinstance(found, GivenUp) else None
+
+
+def noted(target: ShardedTarget, start: GivenUp | None) -> None:
+    """Note what a weight has given up; None: nothing, it is the original."""
+    notes = _notes(target.layer)
+    if start is not None:
+        notes[target.note] = start
+    elif target.note in notes:
+        del notes[target.note]
+
+
+def own_shards(target: ShardedTarget, pair: Factors) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's shards of whole A and B, as the adapter will hold them."""
+    a, b = rounded(target, pair)
+    return _own(target, a, "in"), _own(target, b, "out")
 
 
 def rounded(target: ShardedTarget, pair: Factors) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,7 +159,8 @@ def _own(target: ShardedTarget, whole: torch.Tensor, side: Side) -> torch.Tensor
     return target.adapter.own(whole.unsqueeze(0), side)[0]
 
 
-def _joined(target: ShardedTarget, shard: torch.Tensor, side: Side) -> torch.Tensor:
+def joined(target: ShardedTarget, shard: torch.Tensor, side: Side) -> torch.Tensor:
+    """One pair's whole A or B; collective over the group."""
     if target.expert is None:
         return target.adapter.joined(shard, side)
     return target.adapter.joined(shard.unsqueeze(0), side)[0]
@@ -174,7 +175,8 @@ def _set_trained(adapter: LowRankAdapter, trains: Trains) -> None:
         factor.weight.requires_grad_(training and factor.trained)
 
 
-def _reset_magnitudes(targets: Iterable[ShardedTarget]) -> None:
+def renew_magnitudes(targets: Iterable[ShardedTarget]) -> None:
+    """Set the magnitudes of weight-decomposed layers anew; collective."""
     layers = {id(layer): layer for target in targets for layer in target.layers}
     for layer in layers.values():
         if isinstance(layer, DecomposedLayer):

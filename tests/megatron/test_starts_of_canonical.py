@@ -220,6 +220,7 @@ def test_projections_without_adapter_stay_and_splits_are_given_back_once() -> No
         others = [row for row in range(len(before)) if row not in changed]
         assert torch.equal(now[others], before[others])
         assert relative(now[changed], before[changed]) > 0.1
+    model.layers[0].linear_qkv.adapter["adapter_k"].linear_in.weight.data[0, 0] += 1  # as if trained
     with pytest.raises(
         ModelError, match=r"'layers.0.linear_qkv.adapter_k' has given up an earlier start.*restore_base"
     ):

@@ -30,12 +30,13 @@ from torch.nn import functional
 import smartinit
 from smartinit.convert import convert_adapter
 from smartinit.errors import ArtefactError, ConfigError, DataError, ModelError, NonFiniteError, TargetError
-from smartinit.megatron import LoRA
+from smartinit.megatron import DoRA, LoRA, load_adapter, save_adapter
 from smartinit.megatron.walk import adapted_layers
 from smartinit.methods.corda import Corda
 from smartinit.methods.gaussian import Gaussian
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from ranks import Ranks
@@ -236,8 +237,13 @@ def test_a_method_comes_with_its_options() -> None:
 def test_a_split_is_given_back_and_not_taken_twice() -> None:
     model = Model()
     lora, _ = adapt(model, "pissa")
+    first = model.layers[0].linear_qkv.adapter.linear_out.weight
+    first.data[0, 0] += 1  # as if trained
+    before = snapshot(model)
     with pytest.raises(ModelError, match=r"has given up an earlier start.*restore_base"):
         lora.initialize(model, show_progress_bar=False)
+    assert unchanged(model, before)
+    first.data[0, 0] -= 1
     assert not any("given_up" in key for key in model.state_dict())
     lora.restore_base(model)
     for name, weight in original_weights().items():
@@ -248,6 +254,122 @@ def test_a_split_is_given_back_and_not_taken_twice() -> None:
     adapt_again.initialize(model, show_progress_bar=False)
     with pytest.raises(ModelError, match="was quantised by its start"):
         adapt_again.restore_base(model)
+
+
+def trained(model: nn.Module) -> torch.Tensor:
+    """Outputs after one step, which changes every adapter."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, 1e-3)
+    probe = batches(1, seed=9)[0]
+    loss(model(**probe), probe).backward()
+    optimizer.step()
+    return outputs(model)
+
+
+@torch.no_grad()
+def outputs(model: nn.Module) -> torch.Tensor:
+    return model(**batches(1, seed=9)[0])
+
+
+def resumed(method: str, kind: Any, folder: str, parallel: bool, other: str) -> list[bool]:
+    """Whether what was trained from a start goes on from its folder, beside a fresh model that starts by itself."""
+
+    def fresh(word: str = method) -> tuple[nn.Module, Any]:
+        model = Model(dist.group.WORLD if parallel else None)
+        lora = kind(TARGETS, dim=RANK, alpha=8, lora_A_init_method=word)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            lora(model)
+        return model, lora
+
+    model, lora = fresh()
+    before = snapshot(model)
+    artefact = lora.initialize(model, batches() if METHODS[method].needs else None, show_progress_bar=False)
+    same = [METHODS[method].needs is not None or METHODS[method].effect == "quantises" or unchanged(model, before)]
+    if not parallel or dist.get_rank() == 0:
+        artefact.save(f"{folder}/start")
+    after = trained(model)
+    save_adapter(model, f"{folder}/adapter", lora)
+    if parallel:
+        dist.barrier()
+    stored = smartinit.Artefact.load(f"{folder}/start")
+    again, lora = fresh(other)
+    lora.apply(again, stored)
+    same.append(all(map(close, snapshot(again).values(), before.values())) or METHODS[method].needs is not None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the base has given up
+        load_adapter(again, f"{folder}/adapter")
+    same.append(relative(outputs(again), after) < 1e-5)
+    with pytest.raises(ModelError, match="has been trained or loaded since"):
+        lora.apply(again, stored)
+    return same
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "other"),
+    [
+        ("pissa", LoRA, "pissa"),
+        ("pissa", LoRA, "xavier"),
+        ("pissa", LoRA, "olora"),
+        ("pissa", DoRA, "pissa"),
+        ("olora", LoRA, "olora"),
+        ("corda", LoRA, "pissa"),
+        ("corda", LoRA, "corda"),
+    ],
+)
+def test_training_goes_on_from_a_start_that_is_applied_again(
+    tmp_path: Path, method: str, kind: Any, other: str
+) -> None:
+    assert resumed(method, kind, str(tmp_path), False, other) == [True] * 3
+
+
+@pytest.mark.parametrize("other", ["pissa", "olora"])
+def test_training_goes_on_from_a_start_on_two_ranks(two_ranks: Ranks, tmp_path: Path, other: str) -> None:
+    assert two_ranks.run(resumed, "pissa", LoRA, str(tmp_path), True, other) == [[True] * 3] * 2
+
+
+def test_the_start_of_a_model_is_returned_and_is_applied_without_a_change() -> None:
+    (model, lora), (second, other) = adapted_by("pissa"), adapted_by("pissa")
+    before = snapshot(model)
+    artefact = lora.initialize(model, provenance={"run": 7}, show_progress_bar=False)
+    assert unchanged(model, before)
+    assert artefact.provenance["run"] == 7
+    assert artefact.recipe.method == "pissa"
+    for place, layer in adapted_layers(model):
+        pair = artefact.factors[place.whole_name]
+        assert all(map(torch.equal, (pair.a, pair.b), layer.adapter.whole()))
+    other.apply(second, artefact)
+    assert unchanged(second, before)
+
+
+def test_a_start_that_takes_the_place_of_another_and_fails_leaves_the_first() -> None:
+    model, lora = adapted_by("pissa")
+    before = snapshot(model)
+    corda = LoRA(TARGETS, dim=RANK, lora_A_init_method="corda")
+    with pytest.raises(DataError, match="the dataloader is empty"):
+        corda.initialize(model, [], show_progress_bar=False)
+    assert unchanged(model, before)
+    artefact = lora.initialize(model, show_progress_bar=False)
+    corda.initialize(model, batches(), show_progress_bar=False)
+    assert not unchanged(model, before)
+    lora.apply(model, artefact)
+    assert all(map(close, snapshot(model).values(), before.values()))
+
+
+def test_magnitudes_that_were_trained_stay_when_the_base_gets_its_weights_back() -> None:
+    model = Model()
+    lora = DoRA(TARGETS, dim=RANK, lora_A_init_method="pissa")
+    lora(model)
+    layer = model.layers[0].linear_fc2
+    layer.adapter.weight_magnitude.data *= 1.5
+    before = snapshot(layer.adapter)
+    lora.restore_base(model)
+    assert unchanged(layer.adapter, before)
+    assert relative(layer.to_wrap.weight.detach(), original_weights()["layers.0.linear_fc2"]) < 1e-6
 
 
 def test_a_single_module_is_started_as_well() -> None:
@@ -298,20 +420,28 @@ def test_a_weight_that_is_not_finite_leaves_the_model_as_it_was() -> None:
     assert not any(True for _ in adapted_layers(model))
 
 
-def bad_shard() -> list[str]:
-    """Only the last rank's shard has an Inf; only the last rank's lora_B_init_method is wrong."""
-    model, said = Model(dist.group.WORLD), []
-    last = dist.get_rank() == dist.get_world_size() - 1
-    if last:
+def bad_shard() -> bool:
+    """Only the last rank's shard has an Inf."""
+    model = Model(dist.group.WORLD)
+    if dist.get_rank() == dist.get_world_size() - 1:
         model.layers[0].linear_fc2.weight.data[3, 2] = torch.inf
     with pytest.raises(ModelError, match=r"weight of 'layers.0.linear_fc2' holds NaN or Inf"):
         LoRA(TARGETS, dim=RANK, lora_A_init_method="pissa")(model)
-    said.append(str(any(True for _ in adapted_layers(model))))
-    return said
+    return any(True for _ in adapted_layers(model))
 
 
-def test_one_bad_shard_is_an_error_on_every_rank(two_ranks: Ranks) -> None:
-    assert two_ranks.run(bad_shard) == [["False"], ["False"]]
+def bad_option() -> bool:
+    """Only the last rank's lora_B_init_method is wrong."""
+    model = Model(dist.group.WORLD)
+    word = "xavier" if dist.get_rank() == dist.get_world_size() - 1 else "zero"
+    with pytest.raises(ConfigError, match="lora_B_init_method='xavier' beside lora_A_init_method='pissa'"):
+        LoRA(TARGETS, dim=RANK, lora_A_init_method="pissa", lora_B_init_method=word)(model)
+    return any(True for _ in adapted_layers(model))
+
+
+@pytest.mark.parametrize("case", [bad_shard, bad_option])
+def test_what_is_wrong_on_one_rank_is_an_error_on_every_rank(two_ranks: Ranks, case: Callable[[], bool]) -> None:
+    assert two_ranks.run(case) == [False, False]
 
 
 def adapted_by(method: str, **options: Any) -> tuple[nn.Module, LoRA]:
@@ -376,8 +506,6 @@ def bad_data_on_the_last_rank(method: str, fault: str, parallel: bool) -> tuple[
         data = []
     elif last and fault == "none":
         data = None
-    elif last and fault == "stream":  # of which there is one pass
-        data = iter(data)
     elif last and fault == "nan":
         options["forward_fn"] = spoilt
     said = ""
@@ -421,10 +549,30 @@ def test_data_that_fail_on_one_rank_fail_on_all(
     assert own_kept
 
 
+def streamed() -> int:
+    """How often rank 0 reads data that rank 1 can read only once."""
+    torch.manual_seed(1)
+    model, passes = nn.Sequential(nn.Linear(192, 192), nn.Linear(192, 192)), 0
+
+    class Counted:
+        def __iter__(self) -> Any:
+            nonlocal passes
+            passes += 1
+            return iter([torch.randn(64, 192) for _ in range(2)])
+
+    smartinit.compute(
+        model,
+        smartinit.LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights="lora_ga"),
+        Counted() if dist.get_rank() == 0 else iter(Counted()),
+        forward_fn=lambda model, batch: model(batch),
+        loss_fn=loss,
+        show_progress_bar=False,
+    )
+    return passes
+
+
 def test_a_stream_on_one_rank_gives_all_of_them_one_pass(two_ranks: Ranks) -> None:
-    for said, kept in two_ranks.run(bad_data_on_the_last_rank, "lora_ga", "stream", False):
-        assert said == ""
-        assert not kept
+    assert two_ranks.run(streamed) == [1, 1]
 
 
 def test_what_initialize_refuses() -> None:
