@@ -35,8 +35,9 @@ class Startable(PEFT):
     """`PEFT` with ``lora_A_init_method``, which may be one of smartinit's methods.
 
     Those that need no data start adapters as they are made; for the others there is `initialize`. What a method changes
-    in base weights is in no adapter checkpoint: to resume from one, save what `initialize` returns, and `apply` it to
-    the adapted model before the checkpoint is loaded; for the original base `smartinit convert` makes an adapter of it.
+    in base weights is in no adapter checkpoint: to resume from one, save what `initialize` returns (after a start at
+    once too: it then tells that one), and `apply` it to the adapted model before the checkpoint is loaded; for the
+    original base `smartinit convert` makes an adapter of it.
     """
 
     lora_A_init_method: str | Method
