@@ -426,6 +426,21 @@ def test_bad_input_is_one_sentence(case: Callable[..., Case], tmp_path: Path) ->
         export_adapter(one.adapter, model, model=model, force=True)
 
 
+@pytest.mark.parametrize("to", ["megatron", "peft"])
+def test_what_is_read_is_not_written_over(case: Callable[..., Case], tmp_path: Path, to: str) -> None:
+    one = case(target_modules=ATTENTION)
+    folder = one.adapter
+    if to == "peft":
+        folder = tmp_path / "outer" / "megatron"
+        export_adapter(one.adapter, folder, model=one.model_folder)
+    (tmp_path / "link").symlink_to(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for out in (folder, folder / "in", folder.parent, tmp_path / "link"):
+        with pytest.raises(OutputError, match="are one folder, or one lies in the other; name another one"):
+            export_adapter(folder, out, to=to, model=one.model_folder, force=True)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_nothing_is_dropped_silently(case: Callable[..., Case], tmp_path: Path) -> None:
     one = case(target_modules=["q_proj"], shared=False, modules_to_save=["lm_head"])
     with pytest.raises(ArtefactError, match=r"holds 'base_model\.model\.lm_head\.weight', which is no matrix of LoRA"):

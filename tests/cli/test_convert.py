@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import smartinit as si
 from smartinit.artefact import LayerSummary
+from smartinit.megatron import LoRA, save_adapter
 
 NAMES = [f"model.layers.{i}.self_attn.{part}_proj" for i in range(2) for part in "qv"]
 
@@ -141,3 +143,27 @@ def test_force_replaces_an_adapter_and_nothing_else(run_cli, trained, tmp_path):
     (tmp_path / "diary" / "monday.txt").write_text("")
     assert run_cli(*arguments, tmp_path / "diary", "--force").code == 2
     assert [path.name for path in (tmp_path / "diary").iterdir()] == ["monday.txt"]
+
+
+def test_a_megatron_folder_and_the_heads_of_its_model(run_cli, adapter_of_megatron, tmp_path):
+    failed = run_cli("convert", adapter_of_megatron, "--out", tmp_path / "plain")
+    assert failed.code == 2
+    for option in ("--heads", "--groups", "--head-size"):
+        assert option in failed.err
+    heads = ("--heads", 4, "--groups", 2, "--head-size", 4, "--gated", "--expert-count", 2)
+    done = run_cli("convert", adapter_of_megatron, *heads, "--out", tmp_path / "plain")
+    assert done.code == 0, done.err
+    assert "plain LoRA for the unmodified base model" in done.out
+    assert len(load_file(tmp_path / "plain" / "adapter_model.safetensors")) == 6
+
+
+@pytest.fixture
+def adapter_of_megatron(tmp_path):
+    """A folder that keeps the start of a split layer of q, k and v."""
+    layer = nn.ModuleDict({"linear_qkv": nn.Linear(12, 32, bias=False)})
+    model = nn.ModuleDict(
+        {"decoder": nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"self_attention": layer})])})}
+    )
+    LoRA(["linear_qkv"], dim=3, lora_A_init_method="pissa")(model)
+    save_adapter(model, tmp_path / "trained")
+    return tmp_path / "trained"

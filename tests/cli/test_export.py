@@ -94,8 +94,9 @@ def test_exit_codes_and_one_sentence(run_cli, peft_folder, saved_model, tmp_path
         ((adapter, "--to", "megatron", "--heads", 2, "--head-size", 8, "--out", out), 6, "for another model"),
         ((adapter, "--to", "megatron", "--model", tmp_path, "--out", out), 6, "has no config.json"),
         ((adapter, "--to", "megatron", "--model", saved_model, "--rank", 2, "--out", out), 2, "fuse='svd' cuts to"),
-        ((adapter, "--to", "megatron", "--model", saved_model, "--out", adapter), 2, "exists already"),
-        ((adapter, "--to", "megatron", "--model", saved_model, "--out", adapter, "--force"), 2, "is not replaced"),
+        ((adapter, "--to", "megatron", "--model", saved_model, "--out", saved_model), 2, "exists already"),
+        ((adapter, "--to", "megatron", "--model", saved_model, "--out", saved_model, "--force"), 2, "is not replaced"),
+        ((adapter, "--to", "megatron", "--model", saved_model, "--out", adapter / "in"), 2, "lies in the other"),
     ]:
         result = run_cli("export", *arguments, *flags)
         assert result.code == code, arguments

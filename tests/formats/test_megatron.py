@@ -172,7 +172,9 @@ def test_names_of_two_models_are_refused():
         spelling_of([f"{LAYER}.mlp.up_proj", "model.language_model.layers.0.mlp.up_proj"])
 
 
-@pytest.mark.parametrize("values", [None, {"prefix": 3}, {"prefix": "../"}, {"other": "x"}, {"head": "a b"}])
+@pytest.mark.parametrize(
+    "values", [None, {"prefix": 3}, {"prefix": "../"}, {"other": "x"}, {"head": "a b"}, {"experts": "bogus"}]
+)
 def test_a_broken_spelling_is_refused(values):
     assert Spelling.from_dict(Spelling(head="x").as_dict()) == Spelling(head="x")
     with pytest.raises(ArtefactError, match="does not say how a model writes its names"):

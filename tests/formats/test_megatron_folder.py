@@ -135,6 +135,16 @@ FILE = "shard-00000-of-00002.safetensors"
         (["alpha"], "16", "says alpha='16'"),
         (["peft_type"], "LORA", "says peft_type='LORA'"),
         (["target_modules"], "linear_qkv", "says target_modules='linear_qkv'"),
+        (["target_modules"], [], r"says target_modules=\[\]"),
+        (["dim"], 10**30, "says dim=1000"),
+        (["alpha"], 1e308, r"says alpha=1e\+308"),
+        (["alpha"], 10**400, "says alpha=1000"),
+        (["alpha"], -1, "says alpha=-1"),
+        (["layers"], [], r"says layers=\[\]"),
+        (["layers"], {"decoder.x": 7}, "says 7 of layer 'decoder.x'; expected a dim and an alpha"),
+        (["layers"], {"decoder.x": {"alpha": -3}}, "says {'alpha': -3} of layer 'decoder.x'"),
+        (["layers"], {"decoder.x": {"alpha": 10**400}}, "of layer 'decoder.x'; expected"),
+        (["layers"], {"decoder.x": {"dim": 0}}, "says {'dim': 0} of layer 'decoder.x'"),
         (["tensors"], {}, "lists no tensors"),
         (["tensors", KEY], 3, "gives None as the shape of"),
         (["tensors", KEY, "shape"], [48, -8], "as the shape of"),
@@ -184,6 +194,15 @@ def test_files_that_hold_something_else(tmp_path: Path, stored: torch.Tensor | N
     held = load_file(folder / FILE)
     save_file({name: t for name, t in {**held, KEY: stored}.items() if t is not None}, folder / FILE)
     with pytest.raises(ArtefactError, match=words):
+        ShardedFolder.open(folder).read(KEY)
+
+
+def test_no_memory_is_taken_for_what_the_files_do_not_hold(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "a", tensors(), CONFIG)
+    n = 2**20  # four terabytes
+    change(folder / MARKER, ["tensors", KEY, "shape"], [n, n])
+    change(folder / MARKER, [*PIECES, 0, "ranges"], [[0, n], [0, n]])
+    with pytest.raises(ArtefactError, match=r"of shape \(48, 8\) and F32, where .* says \(1048576, 1048576\)"):
         ShardedFolder.open(folder).read(KEY)
 
 

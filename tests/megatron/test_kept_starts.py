@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from test_exported import FFN, GROUPS, HEADS, HIDDEN, ROWS, SHAPE, SIZE, Decoder
 
 import smartinit as si
 from smartinit.convert import convert_adapter, save_residual_model
-from smartinit.errors import ConfigError, ModelError
+from smartinit.errors import ArtefactError, ConfigError, ModelError, VerificationError
 from smartinit.export import export_adapter
 from smartinit.formats.megatron_folder import ShardedFolder
 from smartinit.megatron import CanonicalLoRA, DoRA, LoRA, load_adapter, save_adapter
@@ -174,9 +175,15 @@ def test_an_exported_start_is_kept_by_what_is_trained_from_it(many: bool, tmp_pa
         two_ranks.run(trained_from_export, *paths)
     else:
         trained_from_export(*paths)
+    said(tmp_path / "trained", base_model="some/base")
     done = export_adapter(tmp_path / "trained", tmp_path / "peft", to="peft")
     assert done.base == "residual"
     convert_adapter(tmp_path / "trained", None, tmp_path / "plain")
+    named = [
+        json.loads((tmp_path / one / "adapter_config.json").read_text())["base_model_name_or_path"]
+        for one in ("peft", "peft/start", "plain")
+    ]
+    assert named == [None, None, "some/base"]  # a loader that looked the base up by name would take the wrong one
     expected = merged_by_peft(residual, tmp_path / "peft")
     got = merged_by_peft(llama(), tmp_path / "plain")
     assert max(float((got[name] - expected[name]).abs().max()) for name in got) < 1e-5
@@ -188,6 +195,44 @@ def test_an_exported_start_is_kept_by_what_is_trained_from_it(many: bool, tmp_pa
     CanonicalLoRA(dim=4, alpha=8, lora_A_init_method="pissa")(split)
     with pytest.raises(ConfigError, match="have given up another one"):
         load_adapter(split, tmp_path / "trained")
+
+
+def said(folder: Path, **changes: object) -> None:
+    """Write these values into a folder's JSON; None: there is none, and "null": null."""
+    marker = folder / "megatron_adapter.json"
+    content = {**json.loads(marker.read_text()), **changes}
+    content = {name: None if value == "null" else value for name, value in content.items() if value is not None}
+    marker.write_text(json.dumps(content))
+
+
+def test_a_folder_of_others_is_a_start_that_splits_unless_it_says_otherwise(tmp_path: Path) -> None:
+    model = split("pissa")
+    train(model)
+    save_adapter(model, tmp_path / "trained")
+    shutil.copytree(tmp_path / "trained" / "start", tmp_path / "others")
+    said(tmp_path / "others", start=None, effect=None)
+    convert_adapter(tmp_path / "trained", tmp_path / "others", tmp_path / "plain", **SHAPE)
+    assert largest_gap(model, merged_by_peft(llama(), tmp_path / "plain"), 0, 1) < 1e-4
+    said(tmp_path / "others", start="null")
+    convert_adapter(tmp_path / "trained", tmp_path / "others", tmp_path / "same", **SHAPE)
+    ranks = [json.loads((tmp_path / one / "adapter_config.json").read_text())["r"] for one in ("plain", "same")]
+    assert ranks == [8, 4]
+
+
+def test_a_start_that_is_lost_or_another_is_not_loaded(tmp_path: Path) -> None:
+    save_adapter(split("pissa"), tmp_path / "split")
+    model = split("pissa")
+    file = next((tmp_path / "split" / "start").glob("shard-*"))
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + b"x")
+    with pytest.raises(VerificationError, match="is not the file that"):
+        load_adapter(model, tmp_path / "split")
+    file.unlink()
+    with pytest.raises(ArtefactError, match="has lost its start"):
+        load_adapter(model, tmp_path / "split")
+    said(tmp_path / "split", start={"../../secret": "0"})
+    with pytest.raises(ArtefactError, match="expected its files and their digests"):
+        load_adapter(model, tmp_path / "split")
 
 
 def split(method: str, seed: int = 1) -> nn.Module:
