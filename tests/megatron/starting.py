@@ -121,9 +121,9 @@ def whole_weight(layer: Any) -> torch.Tensor:
 
 
 @cache
-def alone(method: str) -> Options:
+def alone(method: str, dtype: torch.dtype = torch.float32) -> Options:
     """The same on a single process."""
-    return started(method, False, parallel=False)
+    return started(method, False, dtype, parallel=False)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
