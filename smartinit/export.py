@@ -225,9 +225,9 @@ def _to_peft(path: Path, out: Path, said: dict[str, Any], experts: str | None, *
     stored = ShardedFolder.open(path)
     shape = decoder_shape(**said, known=known_shape(stored), base_model=base_model(stored))
     spelling = spelling_in(stored)
-    start = _megatron_start(path, shape, spelling)
     if experts is not None:
         spelling = replace(spelling, experts=experts)  # type: ignore[arg-type] # checked above
+    start = _megatron_start(path, shape, spelling)
     made = peft_adapter(tensors_of(stored), stored.config, shape, spelling)
     config, plan, factors, parameters = as_peft(stored.config, path, made)
     notes = list(made.notes)
@@ -285,7 +285,7 @@ def _megatron_start(path: Path, shape: DecoderShape, spelling: Spelling) -> Star
     """
     if start_in(path) is None:
         return None
-    start = read_megatron_start(path, shape=shape)
+    start = read_megatron_start(path, shape=shape, spelling=spelling)
     if "quantises" in start.effects.values():
         raise ConfigError(
             f"the start of '{path}' quantised the base of the parallel model, so the adapter belongs to that base and "

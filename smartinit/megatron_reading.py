@@ -60,7 +60,9 @@ def read_megatron(
     return StoredAdapter(stored.path, config, factors, {name: Form() for name in factors})
 
 
-def read_megatron_start(folder: str | os.PathLike[str], *, shape: DecoderShape | None = None) -> Start:
+def read_megatron_start(
+    folder: str | os.PathLike[str], *, shape: DecoderShape | None = None, spelling: Spelling | None = None
+) -> Start:
     """What the base gave up for a Megatron folder before its training.
 
     One that `smartinit.export.export_adapter` or `smartinit.megatron.save_adapter` has written says so. Of any other
@@ -69,6 +71,8 @@ def read_megatron_start(folder: str | os.PathLike[str], *, shape: DecoderShape |
     Args:
         folder: with ``megatron_adapter.json``.
         shape: of the model, if the caller knows more than the folder.
+        spelling: how the model writes its names; None: as the folder says, each expert a module, because stacked ones
+            cannot be converted.
 
     Raises:
         ArtefactError: it is no such folder, or its start is lost.
@@ -76,13 +80,14 @@ def read_megatron_start(folder: str | os.PathLike[str], *, shape: DecoderShape |
         ConfigError: the shape of the model is needed and not known.
     """
     stored = ShardedFolder.open(folder)
+    names = spelling or replace(spelling_in(stored), experts="modules")
     kept = start_in(stored.path)
     if kept is not None and (kept / MARKER).is_file():
-        return replace(_sharded_start(kept, shape, spelling_in(stored)), base_model=base_model(stored))
+        return replace(_sharded_start(kept, shape, names), base_model=base_model(stored))
     if kept is not None:
         return replace(read_start(kept), base_model=base_model(stored))
     if "effect" in stored.config:  # the start in another folder, named by itself
-        return _sharded_start(stored.path, shape, spelling_in(stored))
+        return _sharded_start(stored.path, shape, names)
     adapter = read_megatron(folder, shape=shape)
     effect: Effect = "keeps" if "start" in stored.config else "splits"
     return replace(as_start(adapter), effects=dict.fromkeys(adapter.factors, effect), base_model=base_model(stored))

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from test_exported import FFN, GROUPS, HEADS, HIDDEN, ROWS, SHAPE, SIZE, Decoder, largest_gap, put_base
+from torch import nn
 
 import smartinit as si
 from smartinit.convert import convert_adapter, save_residual_model
@@ -20,11 +21,11 @@ from smartinit.errors import ArtefactError, ConfigError, ModelError, Verificatio
 from smartinit.export import export_adapter
 from smartinit.formats.megatron_folder import ShardedFolder
 from smartinit.megatron import CanonicalLoRA, DoRA, LoRA, load_adapter, save_adapter
+from smartinit.megatron.stand_ins import ColumnParallelLinear, RowParallelLinear
 from smartinit.megatron.walk import adapted_layers
 
 if TYPE_CHECKING:
     from ranks import Ranks
-    from torch import nn
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -238,7 +239,9 @@ def test_a_start_that_is_lost_or_another_is_not_loaded(tmp_path: Path) -> None:
 def split(method: str, seed: int = 1) -> nn.Module:
     weights = {name: weight * (1 + 0.5 * (seed - 1)) for name, weight in weights_of(llama()).items()}
     model = decoder(weights)
-    LoRA(dim=4, alpha=8, lora_A_init_method=method)(model)
+    LoRA(dim=4, alpha=8, lora_A_init_method=method.partition(",")[0])(model)
+    if "less one" in method:
+        del next(layer for _, layer in adapted_layers(model))._modules["given_up"]
     return model
 
 
@@ -261,6 +264,7 @@ def test_another_base_than_the_adapters_is_told(tmp_path: Path, two_ranks: Ranks
     for run in (lambda f, *a, **k: [f(*a, **k)], two_ranks.run):
         for method, folder, words in (
             ("pissa", "split", ""),
+            ("pissa, less one", "split", "gave up another start"),
             ("xavier", "plain", ""),
             ("xavier", "split", MISMATCH),
             ("pissa", "plain", "have given up a start"),
@@ -339,3 +343,44 @@ def test_alphas_of_single_projections_are_checked(tmp_path: Path) -> None:
     marker.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"adapter_k' has alpha 32"):
         load_adapter(model, tmp_path / "folder")
+
+
+class Gated:
+    gated_linear_unit = True
+
+
+@pytest.mark.parametrize("grouped", [True, False], ids=["grouped", "sequential"])
+def test_experts_of_their_own_come_back(grouped: bool, tmp_path: Path) -> None:
+    def mlp(**more: Any) -> nn.ModuleDict:
+        fc1 = ColumnParallelLinear(HIDDEN, 2 * FFN, stride=2, config=Gated(), **more)
+        return nn.ModuleDict({"linear_fc1": fc1, "linear_fc2": RowParallelLinear(FFN, HIDDEN, config=Gated(), **more)})
+
+    each = nn.ModuleDict({"local_experts": nn.ModuleList(mlp() for _ in range(3))})
+    experts = mlp(is_expert=True, num_gemms=3) if grouped else each
+    experts.num_local_experts, experts.ep_group = 3, None
+    layer = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": experts})})
+    model = nn.ModuleDict({"decoder": nn.ModuleDict({"layers": nn.ModuleList([layer])})})
+    names = ["linear_fc1", "linear_fc2"]
+    LoRA(names, dim=4, alpha=8, share_expert_adapters=False)(model)
+    pissa = LoRA(names, dim=4, alpha=8, share_expert_adapters=False, lora_A_init_method="pissa")
+    pissa.initialize(model, show_progress_bar=False).save(tmp_path / "artefact")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.1)
+    save_adapter(model, tmp_path / "trained", pissa)
+    export_adapter(tmp_path / "trained", tmp_path / "peft", to="peft", experts="modules")
+    found = []
+    for trained, start in (("trained", None), ("trained", "artefact"), ("peft", None)):
+        convert_adapter(tmp_path / trained, start and tmp_path / start, tmp_path / "plain", force=True)
+        tensors = load_file(tmp_path / "plain" / "adapter_model.safetensors")
+        config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+        key = "base_model.model.model.layers.0.mlp.experts.2.down_proj.lora_{}.weight"
+        a, b = (tensors[key.format(side)].double() for side in "AB")
+        found.append(config["lora_alpha"] / config["r"] * b @ a)
+        assert len(tensors) == 3 * 3 * 2
+    start = load_file(tmp_path / "artefact" / "start" / "adapter_model.safetensors")
+    key = "linear_fc2.weight2" if grouped else "local_experts.2.linear_fc2"
+    whole = f"base_model.model.decoder.layers.0.mlp.experts.{key}.lora_{{}}.weight"
+    product = 2.0 * start[whole.format("B")].double() @ start[whole.format("A")].double()
+    assert all(torch.allclose(one, (1.1**2 - 1) * product, atol=1e-5) for one in found)
