@@ -147,23 +147,26 @@ def _core(module: Any, name: str) -> ParallelBase:  # noqa: ANN401 - known by it
 def _engine(module: Any, name: str, *, expert: bool) -> ParallelBase:  # noqa: ANN401 - known by its attributes
     """Transformer Engine's layers as Megatron-Core wraps them: they know the sizes of their shard only."""
     weight = _weight(module, name)
-    mode = getattr(module, "parallel_mode", None)
-    row = mode == "row" or (mode is None and _named(module, "RowParallel"))
-    column = mode == "column" or (mode is None and _named(module, "ColumnParallel"))
+    mode = getattr(module, "parallel_mode", "")
+    row = mode == "row" or (not mode and _named(module, "RowParallel"))
+    column = mode == "column" or (not mode and _named(module, "ColumnParallel"))
     group = next((g for g in (getattr(module, a, None) for a in ("tp_group", "_tp_group")) if g is not None), None)
     out_features, in_features = (int(n) for n in weight.shape[-2:])
     partial = mode is None and (row or column)
+    by_tokens = bool(getattr(module, "sequence_parallel", False)) and not partial and not expert
     if partial:  # told nothing of its ranks, so that it exchanges nothing: its tp_size says 1 whatever the group is
         size = size_of(group)
-    else:
-        size = _check_group(group, int(getattr(module, "tp_size", 1)), name) if row or column else 1
+    elif row or column:
+        size = _check_group(group, int(getattr(module, "tp_size", 1)), name)
+    else:  # a whole weight on every rank: the others matter only if they have other tokens
+        size = size_of(group) if by_tokens else 1
     return ParallelBase(
         in_features=in_features * (size if row else 1),
         out_features=out_features * (size if column else 1),
         split="row" if row else "column" if column else "none",
         group=group if size > 1 else None,
         # With return_layernorm_output_gathered the adapter is given all tokens already.
-        sequence=bool(getattr(module, "sequence_parallel", False)) and not partial and not expert and size > 1,
+        sequence=by_tokens and size > 1,
         partial=partial,
         gated=column and _is_gated(module, name),
         experts=int(getattr(module, "num_gemms", 0)),
