@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from smartinit.adapters.base_weight import become, give_up
-from smartinit.adapters.conversion import Conversion, convert
-from smartinit.errors import ConfigError, ModelError, UnknownNameError
+from smartinit.adapters.conversion import Conversion, convert, scaling_for
+from smartinit.errors import ConfigError, ModelError, UnknownNameError, VerificationError
 from smartinit.formats.card import converted_card
 from smartinit.formats.files import new_folder, write_file
 from smartinit.formats.megatron_folder import MARKER, ShardedFolder
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Conversion", "convert_adapter", "residual_weights", "save_residual_model"]
 
+_SAME = 1e-3  # apart, relative: half precision, and factors that were cut and put together again
 REPORT_FILE = "conversion.json"
 CARD_FILE = "README.md"
 # A loader must not run the start again, nor look for the files of a method.
@@ -174,10 +175,35 @@ def _read(
         if start.config is None:  # it has split nothing, whatever its layers are called
             kept = trained or read_megatron(path, shape=shape(start.base_model))
             start = replace(start, effects=dict.fromkeys(kept.factors, "keeps"))
+    if start_folder is not None and trained_there is not None and (own := start_in(path)) is not None:
+        _check_same(read_megatron_start(own, shape=shape(start.base_model)), start, path)
     if trained is None:
         return *read_megatron_trained(path, start, shape(start.base_model)), None
     config_file = path / CONFIG_FILE
     return trained, start, read_object(config_file, read_file(config_file))
+
+
+def _check_same(kept: Start, given: Start, trained: Path) -> None:
+    """Whether a start is the one that the trained folder keeps, however its factors are put together.
+
+    Raises:
+        VerificationError: it is another one.
+    """
+    for name in sorted({*kept.splits, *given.splits}):
+        one, other = (_split_of(start, name) for start in (kept, given))
+        if one is None or other is None or (one - other).norm() > _SAME * one.norm():
+            raise VerificationError(
+                f"the start in '{given.folder}' is not the one that '{trained}' was trained from and keeps (they "
+                f"differ at '{name}'); leave the start out, so that the kept one is used"
+            )
+
+
+def _split_of(start: Start, name: str) -> torch.Tensor | None:
+    """``s₀·B₀ A₀``; None of a layer that has given up nothing."""
+    if name not in start.splits or start.config is None:
+        return None
+    pair = start.factors[name]
+    return pair.b.double() @ pair.a.double() * scaling_for(start.config, name, pair.rank)
 
 
 def residual_weights(

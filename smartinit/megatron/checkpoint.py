@@ -29,7 +29,7 @@ from smartinit.formats.stamp import file_digest
 from smartinit.megatron.agreement import every_number, everyone, failing_together, own_rank
 from smartinit.megatron.kept_start import compared, loaded_start, remember, start_shards
 from smartinit.megatron.shards import adapter_shards, number_of, read_part
-from smartinit.megatron.walk import adapted_layers
+from smartinit.megatron.walk import adapted_layers, chunks_of
 
 if TYPE_CHECKING:
     import os
@@ -65,7 +65,8 @@ def save_adapter(
             all ranks raise it.
 
     Warns:
-        UserWarning: replicas of a weight differ between ranks; the first rank's are saved.
+        UserWarning: replicas of a weight differ between ranks, and the first rank's are saved; or the model trains
+            something besides its adapters (`smartinit.megatron.VLMLoRA`), which is not saved here.
 
     Cost: what each rank has is written once; 16 bytes for each weight of each rank are sent to all.
     """
@@ -74,6 +75,7 @@ def save_adapter(
         kind = _kind(model, peft)
         start, effect = start_shards(model)
         loaded = loaded_start(model)
+        _warn_of_others(model)
     effects = sorted(one for one in everyone(effect) if one)  # quantises before splits
     known = sorted({text for text in everyone("" if loaded is None else loaded.text()) if text})
     kinds = sorted(one for one in everyone(kind) if one)  # canonical_lora before lora
@@ -163,6 +165,23 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], *, residual_base:
             shard.parameter.copy_(read[key])
     remember(model, start)
     return dict(saved.config)
+
+
+def _warn_of_others(model: Model) -> None:
+    """Say so if something is trained that is no adapter."""
+    adapters = {id(p) for _, layer in adapted_layers(model) for p in layer.adapter.parameters()}
+    others = [
+        name
+        for chunk in chunks_of(model)
+        for name, parameter in chunk.named_parameters()
+        if parameter.requires_grad and id(parameter) not in adapters
+    ]
+    if others:
+        warnings.warn(
+            f"{len(others)} parameters that are trained besides the adapters (the first: '{others[0]}') are not in the "
+            "adapter's folder; save the model's state dict as well",
+            stacklevel=3,
+        )
 
 
 def _agreed(folder: str | os.PathLike[str]) -> tuple[int, Path]:

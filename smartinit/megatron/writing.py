@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from smartinit.adapters.parallel.decomposed import DecomposedLayer
+from smartinit.adapters.parallel.weights import to_local, weight_names
 from smartinit.errors import ModelError
 
 if TYPE_CHECKING:
@@ -188,4 +190,29 @@ def _notes(layer: AdaptedLayer) -> nn.ModuleDict:
     if not isinstance(notes, nn.ModuleDict):
         notes = nn.ModuleDict()
         layer.add_module(_PART, notes)
+        layer.register_load_state_dict_pre_hook(_forget_what_goes)  # type: ignore[no-untyped-call]
     return notes
+
+
+def _forget_what_goes(layer: AdaptedLayer, state: Mapping[str, torch.Tensor], prefix: str, *_: object) -> None:
+    """Drop the notes of a layer if a state dict brings it other base weights: nobody knows what those have given up.
+
+    Warns:
+        UserWarning: it does.
+    """
+    notes = _notes(layer)
+    for name in weight_names(layer.base):
+        comes, now = state.get(f"{prefix}to_wrap.{name}"), to_local(getattr(layer.to_wrap, name).detach())
+        if comes is None or not len(notes):
+            continue
+        comes = to_local(comes.detach())
+        if comes.shape == now.shape and torch.equal(comes.to(now), now):
+            continue
+        for note in list(notes):
+            del notes[note]
+        warnings.warn(
+            f"'{layer.name}' had given up its adapter's start, and other base weights were loaded into it: they are "
+            "taken to be as the adapter expects them; if they are the original ones, load them before adapting, or "
+            "start the adapter anew (initialize, apply)",
+            stacklevel=2,
+        )

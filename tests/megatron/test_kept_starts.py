@@ -215,6 +215,7 @@ def test_a_folder_of_others_is_a_start_that_splits_unless_it_says_otherwise(tmp_
     convert_adapter(tmp_path / "trained", tmp_path / "others", tmp_path / "plain", **SHAPE)
     assert largest_gap(model, merged_by_peft(llama(), tmp_path / "plain"), 0, 1) < 1e-4
     said(tmp_path / "others", start="null")
+    said(tmp_path / "trained", start="null")  # else its own start contradicts the other
     convert_adapter(tmp_path / "trained", tmp_path / "others", tmp_path / "same", **SHAPE)
     ranks = [json.loads((tmp_path / one / "adapter_config.json").read_text())["r"] for one in ("plain", "same")]
     assert ranks == [8, 4]
@@ -384,3 +385,39 @@ def test_experts_of_their_own_come_back(grouped: bool, tmp_path: Path) -> None:
     whole = f"base_model.model.decoder.layers.0.mlp.experts.{key}.lora_{{}}.weight"
     product = 2.0 * start[whole.format("B")].double() @ start[whole.format("A")].double()
     assert all(torch.allclose(one, (1.1**2 - 1) * product, atol=1e-5) for one in found)
+
+
+def test_another_start_than_the_kept_one_is_refused(tmp_path: Path) -> None:
+    save_file(weights_of(llama()), tmp_path / "base.safetensors")
+    for method in ("pissa", "olora"):
+        split_and_trained("lora", method, str(tmp_path / "base.safetensors"), str(tmp_path / method))
+    for start in (tmp_path / "olora", Path(f"{tmp_path / 'olora'}-artefact-0")):
+        with pytest.raises(
+            VerificationError, match=r"is not the one that .*pissa' was trained from and keeps .they differ"
+        ):
+            convert_adapter(tmp_path / "pissa", start, tmp_path / "plain", **SHAPE)
+    assert not (tmp_path / "plain").exists()
+
+
+def test_base_weights_that_arrive_after_a_split_are_noticed(tmp_path: Path) -> None:
+    base = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("linear_fc1", "linear_fc2")})
+    original = {name: t.clone() for name, t in base.state_dict().items()}
+    lora = LoRA(["linear_fc1", "linear_fc2"], dim=4, lora_A_init_method="pissa")
+    model = lora(base)
+    model.load_state_dict(model.state_dict())  # the same weights: nothing is said
+    with pytest.warns(UserWarning, match="'linear_fc1' had given up its adapter's start, and other base weights"):
+        model.load_state_dict({"linear_fc1.weight": original["linear_fc1.weight"]}, strict=False)
+    lora.restore_base(model)
+    state = model.state_dict()
+    torch.testing.assert_close(state["linear_fc1.weight"], original["linear_fc1.weight"], rtol=0, atol=0)
+    torch.testing.assert_close(state["linear_fc2.weight"], original["linear_fc2.weight"])
+
+
+def test_what_is_trained_besides_adapters_is_not_left_out_without_a_word(tmp_path: Path) -> None:
+    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("linear_fc1", "linear_fc2")})
+    LoRA(["linear_fc1"], dim=4)(model)
+    model["linear_fc2"].requires_grad_(True)
+    with pytest.warns(
+        UserWarning, match="2 parameters that are trained besides the adapters .the first: 'linear_fc2.weight'"
+    ):
+        save_adapter(model, tmp_path / "adapter")
