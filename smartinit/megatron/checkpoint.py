@@ -176,7 +176,7 @@ def _warn_of_others(model: Model) -> None:
         for name, parameter in chunk.named_parameters()
         if parameter.requires_grad and id(parameter) not in adapters
     ]
-    if others:
+    if adapters and others:
         warnings.warn(
             f"{len(others)} parameters that are trained besides the adapters (the first: '{others[0]}') are not in the "
             "adapter's folder; save the model's state dict as well",
