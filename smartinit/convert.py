@@ -175,7 +175,8 @@ def _read(
         if start.config is None:  # it has split nothing, whatever its layers are called
             kept = trained or read_megatron(path, shape=shape(start.base_model))
             start = replace(start, effects=dict.fromkeys(kept.factors, "keeps"))
-    if start_folder is not None and trained_there is not None and (own := start_in(path)) is not None:
+    keeps = trained_there is not None and (path / START_FOLDER).is_dir()  # not lost, as when one is given in its place
+    if start_folder is not None and keeps and (own := start_in(path)) is not None:
         _check_same(read_megatron_start(own, shape=shape(start.base_model)), start, path)
     if trained is None:
         return *read_megatron_trained(path, start, shape(start.base_model)), None
