@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from smartinit.adapters.parallel.weights import to_local
+from smartinit.adapters.parallel.dtensors import to_local
 from smartinit.errors import ModelError
 from smartinit.factors import Factors
 from smartinit.megatron.agreement import everyone, failing_together

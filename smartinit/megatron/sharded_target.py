@@ -9,9 +9,10 @@ import torch
 
 from smartinit.adapters.parallel.adapter import LowRankAdapter
 from smartinit.adapters.parallel.collectives import gathered, summed
+from smartinit.adapters.parallel.dtensors import to_local
 from smartinit.adapters.parallel.experts import ExpertAdapter
 from smartinit.adapters.parallel.split import SplitAdapter
-from smartinit.adapters.parallel.weights import to_local, weight_names
+from smartinit.adapters.parallel.weights import weight_names
 from smartinit.errors import ModelError
 from smartinit.formats.rows import join_rows, shard_rows
 from smartinit.megatron.ear import Ear

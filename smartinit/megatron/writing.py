@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from smartinit.adapters.parallel.decomposed import DecomposedLayer
-from smartinit.adapters.parallel.weights import to_local, weight_names
+from smartinit.adapters.parallel.dtensors import to_local
+from smartinit.adapters.parallel.weights import weight_names
 from smartinit.errors import ModelError
 
 if TYPE_CHECKING:

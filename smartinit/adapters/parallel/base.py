@@ -6,13 +6,13 @@ is imported. Layers of PyTorch's own tensor parallelism are known by their weigh
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
 from smartinit.adapters.parallel.collectives import rank_of, size_of
+from smartinit.adapters.parallel.dtensors import is_dtensor
 from smartinit.errors import ConfigError, ModelError
 from smartinit.targets.weight import Target, host_of
 
@@ -99,7 +99,7 @@ def describe(module: nn.Module, name: str, *, expert: bool = False) -> ParallelB
     if getattr(module, "parallel_mode", "") in {"column", "row", None} or _named(module, "Parallel"):
         return _engine(module, name, expert=expert)
     weight = getattr(module, "weight", None)
-    if _is_dtensor(weight):
+    if is_dtensor(weight):
         return _dtensor(module, weight, name)
     if host_of(module) != "linear":
         raise ModelError(
@@ -243,9 +243,3 @@ def _is_gated(module: Any, name: str) -> bool:  # noqa: ANN401 - known by its at
 def _named(module: nn.Module, part: str) -> bool:
     """Whether a class of the module, or one that it derives from, has this in its name."""
     return any(part in kind.__name__ and "Linear" in kind.__name__ for kind in type(module).__mro__)
-
-
-def _is_dtensor(weight: object) -> bool:
-    """Without importing DTensor's module, which takes a while, where nobody else has."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(weight, module.DTensor)

@@ -18,10 +18,11 @@ from smartinit.adapters.parallel.adapter import LowRankAdapter, mark
 from smartinit.adapters.parallel.base_product import base_product
 from smartinit.adapters.parallel.call import argument, called, counts_of
 from smartinit.adapters.parallel.collectives import gather, spread, summed
+from smartinit.adapters.parallel.dtensors import to_local
 from smartinit.adapters.parallel.experts import ExpertAdapter
 from smartinit.adapters.parallel.flow import low_rank
 from smartinit.adapters.parallel.layer import AdaptedLayer
-from smartinit.adapters.parallel.weights import bias_names, local_weights, to_local, weight_names
+from smartinit.adapters.parallel.weights import bias_names, local_weights, weight_names
 from smartinit.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:

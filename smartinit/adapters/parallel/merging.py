@@ -16,8 +16,9 @@ import torch
 from smartinit.adapters.finite import is_finite
 from smartinit.adapters.parallel.adapter import LowRankAdapter
 from smartinit.adapters.parallel.decomposed import DecomposedLayer
+from smartinit.adapters.parallel.dtensors import to_local
 from smartinit.adapters.parallel.split import SplitAdapter
-from smartinit.adapters.parallel.weights import is_ordinary, to_local, weight_names
+from smartinit.adapters.parallel.weights import is_ordinary, weight_names
 from smartinit.errors import ModelError
 
 if TYPE_CHECKING:

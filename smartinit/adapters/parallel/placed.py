@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from smartinit.adapters.parallel.dtensors import is_dtensor
 from smartinit.errors import ModelError
 
 if TYPE_CHECKING:
@@ -59,8 +60,7 @@ def check_whole(layer: nn.Module, name: str) -> None:
     Raises:
         ModelError: it has.
     """
-    tensor = sys.modules.get("torch.distributed.tensor")
-    if tensor is None or not isinstance(getattr(layer, "weight", None), tensor.DTensor):
+    if not is_dtensor(getattr(layer, "weight", None)):
         return
     if not is_data_parallel(layer):  # whose weight is whole while it computes
         raise ModelError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from smartinit.adapters.dequantise import dequantised_weight, is_quantised
+from smartinit.adapters.parallel.dtensors import to_local
 from smartinit.errors import ModelError
 
 if TYPE_CHECKING:
@@ -67,14 +67,6 @@ def local_weights(module: nn.Module, base: ParallelBase, name: str) -> list[Loca
         stored = getattr(parameter, "_local_tensor", parameter)  # what a DTensor holds, the same object every time
         found.append(LocalWeight(local, None if parameter.requires_grad else stored))
     return found
-
-
-def to_local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's numbers of a DTensor; any other tensor itself."""
-    module = sys.modules.get("torch.distributed.tensor")
-    placed = module is not None and isinstance(tensor, module.DTensor)
-    local: torch.Tensor = tensor.to_local() if placed else tensor  # type: ignore[attr-defined]
-    return local
 
 
 def is_ordinary(tensor: torch.Tensor) -> bool:
