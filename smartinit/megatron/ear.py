@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from smartinit.adapters.parallel.call import called, counts_of
 from smartinit.adapters.parallel.collectives import gather, gathered, shard, size_of
 from smartinit.adapters.parallel.split import SplitAdapter
 from smartinit.distributed.reduce import world_size
@@ -138,8 +139,8 @@ def _hear(
     **kwargs: Any,  # noqa: ANN401
 ) -> torch.Tensor:
     """What stands for `AdaptedLayer.adapted`: the base layer's output, which has been through the ears."""
-    counts = args[0] if args else kwargs.get("m_splits", kwargs.get("tokens_per_expert"))
-    base = around.settled(layer.base, rows)
+    counts = counts_of(layer.base, args, kwargs)
+    base = around.settled(called(layer.to_wrap, layer.base, args, kwargs), rows)
     whole = whole_input(rows, base)
     by_part: dict[str | None, list[Ear]] = {}
     for ear in ears:
@@ -158,7 +159,7 @@ def _hear(
     for name, same in by_part.items():
         assert name is not None  # noqa: S101 - see `smartinit.megatron.sharded_target.targets_of`
         own = adapter.rows.part(output, name, -1, shards)
-        beside = around.settled(adapter.base_of(name), rows)
+        beside = replace(around.settled(adapter.base_of(name), rows), whole_output=base.whole_output)
         changed[name] = _through(same, whole, own.flatten(-3), beside, counts).view(own.shape)
     return adapter.rows.replaced(output, changed, shards)
 

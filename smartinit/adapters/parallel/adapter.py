@@ -188,7 +188,7 @@ class LowRankAdapter(nn.Module):
 
         Args:
             x: the base layer's input on this rank ``(..., in)``.
-            base: the layer, once the shapes of its input and output are known; None: as it was described.
+            base: what the layer does in this call; None: what it was described to do.
             counts: rows of each of this rank's experts, one after another in ``x``; only for `ExpertAdapter`.
 
         Cost: O(r·(in + out)) a token; see `smartinit.adapters.parallel.flow` for what is sent.
