@@ -193,22 +193,16 @@ def _agreed(folder: str | os.PathLike[str]) -> tuple[int, Path]:
 def _kind(model: Model, peft: PEFT | None) -> str:
     """Which adapters a model has, one of `smartinit.formats.megatron_folder.PEFT_TYPES`; empty: none on this rank."""
     kinds = {_kind_of(layer.adapter) for _, layer in adapted_layers(model)}
-    if "canonical_lora" in kinds:  # its layers that are not fused have plain adapters
-        kinds.discard("lora")
     if not kinds:
         return ""
-    if kinds == {"lora", "canonical_lora"} or (kinds == {"lora"} and type(peft).__name__ == "CanonicalLoRA"):
-        kinds = {"canonical_lora"}  # whose layers that are not fused have plain adapters
-    if peft is not None:
-        named = next((_TYPES[kind.__name__] for kind in type(peft).__mro__ if kind.__name__ in _TYPES), None)
-        plain = named == "canonical_lora" and kinds == {"lora"}  # no fused layer on this rank
-        if plain:
-            kinds = {"canonical_lora"}
-        if named is None or kinds != {named}:
-            raise ConfigError(
-                f"the model has adapters of kind {', '.join(sorted(kinds))}, but a {type(peft).__name__} was given; "
-                "give what the model was adapted with, or leave it out"
-            )
+    named = next((_TYPES[kind.__name__] for kind in type(peft).__mro__ if kind.__name__ in _TYPES), None)
+    if "canonical_lora" in (named, *kinds) and "lora" in kinds:  # whose layers that are not fused have plain adapters
+        kinds = (kinds - {"lora"}) | {"canonical_lora"}
+    if peft is not None and (named is None or kinds != {named}):
+        raise ConfigError(
+            f"the model has adapters of kind {', '.join(sorted(kinds))}, but a {type(peft).__name__} was given; "
+            "give what the model was adapted with, or leave it out"
+        )
     if len(kinds) > 1:
         raise ModelError(f"the model has adapters of several kinds ({', '.join(sorted(kinds))}); save one kind")
     return kinds.pop()
