@@ -34,17 +34,12 @@ def factors_of(layer: str, expert: int, shared: bool) -> tuple[torch.Tensor, tor
     return numbers(RANK, columns, seed=seed), numbers(rows, RANK, seed=seed + 1)
 
 
-_GROUPS: dict[tuple[int, int], tuple[Any, Any]] = {}
-
-
 def grid(ep: int, etp: int) -> tuple[Any, Any]:
     """This rank's expert-parallel and expert-tensor-parallel groups; the latter are neighbours."""
-    if (ep, etp) not in _GROUPS:
-        rank = dist.get_rank()
-        by_ep = [dist.new_group([e * etp + t for e in range(ep)]) for t in range(etp)]
-        by_etp = [dist.new_group([e * etp + t for t in range(etp)]) for e in range(ep)]
-        _GROUPS[ep, etp] = by_ep[rank % etp], by_etp[rank // etp]
-    return _GROUPS[ep, etp]
+    rank = dist.get_rank()
+    by_ep = [dist.new_group([e * etp + t for e in range(ep)]) for t in range(etp)]
+    by_etp = [dist.new_group([e * etp + t for t in range(etp)]) for e in range(ep)]
+    return by_ep[rank % etp], by_etp[rank // etp]
 
 
 def experts_model(kind: str, ep: int, etp: int, **more: Any) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.connection import Connection
 
-PATIENCE = 120  # seconds that a case may take; a collective that waits for a lost peer gives up after half of it
+PATIENCE = 300  # seconds that a case may take; a collective that waits for a lost peer gives up after half of it
 
 
 class RankError(AssertionError):
@@ -24,10 +25,13 @@ class RankError(AssertionError):
 
 
 class Ranks:
-    """``world`` processes; `run` calls one function on each, with the same arguments, and returns all results."""
+    """``world`` processes; `run` calls one function on each, with the same arguments, and returns all results.
 
-    def __init__(self, world: int) -> None:
-        self.world = world
+    Groups that a case makes end with it, as each has three threads that never sleep for long; unless ``keep_groups``.
+    """
+
+    def __init__(self, world: int, *, keep_groups: bool = False) -> None:
+        self.world, self.keep_groups = world, keep_groups
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -67,13 +71,14 @@ class Ranks:
         context = multiprocessing.get_context("spawn")
         for rank in range(self.world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self.world, folder), daemon=True)
+            args = (theirs, rank, self.world, folder, self.keep_groups)
+            process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
 
 
-def _serve(pipe: Connection, rank: int, world: int, folder: str) -> None:
+def _serve(pipe: Connection, rank: int, world: int, folder: str, keep_groups: bool) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     import torch.distributed as dist
@@ -100,12 +105,25 @@ def _serve(pipe: Connection, rank: int, world: int, folder: str) -> None:
                 function = getattr(function, part)
             torch.manual_seed(0)
             answer = (True, function(*args))
+            if not keep_groups:
+                end_groups()
         except BaseException:  # noqa: BLE001 - the test that asked is told
             answer = (False, traceback.format_exc())
         try:
             pipe.send(answer)
         except BrokenPipeError:
             return
+
+
+def end_groups() -> None:
+    """End all groups of this process but the whole world's; every rank calls it."""
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    dist.barrier()  # no peer still waits for something in them
+    for group in [group for group in distributed_c10d._world.pg_map if group is not dist.group.WORLD]:
+        dist.destroy_process_group(group)
+    gc.collect()  # what still holds them
 
 
 def _load(file: str) -> Any:

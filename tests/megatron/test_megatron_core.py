@@ -42,7 +42,7 @@ def core_ranks() -> Iterator[Ranks]:
     """Two processes with megatron-core in them."""
     from ranks import Ranks
 
-    ranks = Ranks(2)
+    ranks = Ranks(2, keep_groups=True)
     yield ranks
     ranks.stop()
 
@@ -52,7 +52,7 @@ def four_core_ranks() -> Iterator[Ranks]:
     """Four of them."""
     from ranks import Ranks
 
-    ranks = Ranks(4)
+    ranks = Ranks(4, keep_groups=True)
     yield ranks
     ranks.stop()
 
@@ -69,7 +69,10 @@ def core(tensor: int, **sizes: int) -> Any:
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # its writers are processes
     sizes = {"tensor_model_parallel_size": tensor, **sizes}
     if getattr(core, "sizes", None) != sizes:
-        parallel_state.destroy_model_parallel()
+        from ranks import end_groups
+
+        parallel_state.destroy_model_parallel()  # forgets its groups, but does not end them
+        end_groups()
         parallel_state.initialize_model_parallel(**sizes)
         core.sizes = sizes  # type: ignore[attr-defined]
     return parallel_state
@@ -399,7 +402,7 @@ def test_the_package_imports_neither_megatron_nor_transformer_engine() -> None:
         "model['linear_fc1'](torch.ones(2, 4))[0].sum().backward()\n"
         "print([name for name in sys.modules if name.split('.')[0] in ('megatron', 'transformer_engine')])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280, check=True)
     assert done.stdout.strip() == "[]"
 
 
