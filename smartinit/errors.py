@@ -11,6 +11,8 @@ SmartinitError
 ├── MissingFileError (FileNotFoundError)
 ├── OutputError (OSError)               an output that exists already or cannot be written
 ├── MissingDependencyError (ImportError) an optional package that is needed here and not installed
+├── StoreError (OSError)                a store that cannot be read or written, or is of another version
+├── NotStoredError (KeyError)           what was asked for is not in the store, and may not be computed
 ├── ArtefactError (ValueError)          an adapter folder that is not one, or is for another model
 └── VerificationError (ValueError)      a result that does not hold against its recomputation
 
@@ -73,6 +75,17 @@ class OutputError(SmartinitError, OSError):
 
 class MissingDependencyError(SmartinitError, ImportError):
     """An optional package that is needed here and not installed."""
+
+
+class StoreError(SmartinitError, OSError):
+    """A store that cannot be read or written, or that a newer version has made."""
+
+
+class NotStoredError(SmartinitError, KeyError):
+    """Something that is not in the store where nothing may be computed."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
 
 
 class ArtefactError(SmartinitError, ValueError):

@@ -1,0 +1,147 @@
+"""Immutable files named by their sha256, with a fast checksum for every read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from smartinit.errors import VerificationError
+from smartinit.store import durable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from smartinit.store.layout import Layout
+
+PIECE = 16 << 20
+"""Bytes under one checksum: pieces are checked by several threads."""
+_THREADS = min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One file's content.
+
+    Attributes:
+        sha256: its name.
+        size: bytes.
+        xxh3: of the xxh3-128 digests of its pieces of `PIECE` bytes, one after the other.
+    """
+
+    sha256: str
+    size: int
+    xxh3: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a manifest."""
+        return {"sha256": self.sha256, "size": self.size, "xxh3": self.xxh3}
+
+
+class _Digests:
+    """Both digests of bytes that pass by."""
+
+    def __init__(self) -> None:
+        self._sha, self._size = hashlib.sha256(), 0
+        self._piece, self._pieces = xxhash.xxh3_128(), xxhash.xxh3_128()
+
+    def passing(self, chunks: Iterable[Any]) -> Iterator[Any]:
+        """The chunks, unchanged."""
+        for chunk in chunks:
+            view = memoryview(chunk).cast("B")
+            self._sha.update(view)
+            start = 0
+            while start < view.nbytes:
+                taken = view[start : start + PIECE - self._size % PIECE]
+                self._piece.update(taken)
+                self._size += taken.nbytes
+                start += taken.nbytes
+                if self._size % PIECE == 0:
+                    self._close_piece()
+            yield chunk
+
+    def _close_piece(self) -> None:
+        self._pieces.update(self._piece.digest())
+        self._piece.reset()
+
+    def blob(self) -> Blob:
+        """Of all that has passed."""
+        if self._size % PIECE:
+            self._close_piece()
+        return Blob(self._sha.hexdigest(), self._size, self._pieces.hexdigest())
+
+
+def write_blob(layout: Layout, chunks: Iterable[Any]) -> Blob:
+    """Store content under its digest, unless it is there.
+
+    Raises:
+        OSError: it cannot be written; nothing is left.
+
+    Cost: one write and two digests in one pass; memory for one chunk.
+    """
+    digests, unfinished = _Digests(), layout.new_file()
+    durable.make_folder(layout.unfinished)
+    durable.write_new(unfinished, digests.passing(chunks))
+    blob = digests.blob()
+    try:
+        if not keep_blob(layout, blob):
+            final = layout.blob(blob.sha256)
+            durable.make_folder(final.parent)
+            durable.publish(unfinished, final)  # in place of one of the wrong size, if there is one
+    finally:
+        durable.remove(unfinished)
+    return blob
+
+
+def keep_blob(layout: Layout, blob: Blob) -> bool:
+    """Whether the blob is there; its time is made new, so that pruning sees that it is wanted again."""
+    path = layout.blob(blob.sha256)
+    try:
+        if path.stat().st_size != blob.size:
+            return False
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    except PermissionError:  # someone else's file: it is there
+        return True
+    return True
+
+
+def checksum(data: memoryview) -> str:
+    """`Blob.xxh3` of bytes at hand. Cost: one read by several threads."""
+    pieces = [data[start : start + PIECE] for start in range(0, data.nbytes, PIECE)]
+    whole = xxhash.xxh3_128()
+    if len(pieces) <= 1:
+        for piece in pieces:
+            whole.update(xxhash.xxh3_128_digest(piece))
+        return whole.hexdigest()
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for digest in threads.map(xxhash.xxh3_128_digest, pieces):
+            whole.update(digest)
+    return whole.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def check_size(path: Path, blob: Blob) -> None:
+    """Cheap: sizes only.
+
+    Raises:
+        VerificationError: another size.
+        FileNotFoundError: there is no such blob.
+    """
+    size = path.stat().st_size
+    if size != blob.size:
+        raise VerificationError(f"'{path}' has {size} bytes instead of {blob.size}")

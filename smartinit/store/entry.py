@@ -1,0 +1,77 @@
+"""One entry in a reader's hands."""
+
+from __future__ import annotations
+
+import weakref
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from smartinit.errors import ArtefactError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import torch
+    from typing_extensions import Self
+
+    from smartinit.store.leases import Lease
+    from smartinit.store.manifest import Manifest
+
+TENSORS = "tensors.safetensors"
+"""The file of `Store.put`'s tensors."""
+_ADAPTER = "adapter_model.safetensors"
+
+
+class Entry:
+    """An entry whose bytes have been checked; it is leased, so that pruning leaves it alone, until it is closed.
+
+    Attributes:
+        manifest: what it is.
+        files: file name -> where its blob lies; the blobs are not to be written to.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        files: Mapping[str, Path],
+        tensors: Mapping[str, Mapping[str, torch.Tensor]],
+        lease: Lease | None,
+    ) -> None:
+        self.manifest = manifest
+        self.files = MappingProxyType(dict(files))
+        self._tensors = tensors
+        self._release = weakref.finalize(self, lease.release) if lease is not None else None
+
+    @property
+    def key(self) -> str:
+        """Its name in the store."""
+        return self.manifest.key
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        """What was stored beside the tensors."""
+        return self.manifest.meta
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Name -> tensor, mapped from the file: memory is used as they are read; writing to one changes no file.
+
+        Raises:
+            ArtefactError: the entry holds no tensors.
+        """
+        for name in (TENSORS, _ADAPTER):
+            if name in self._tensors:
+                return MappingProxyType(dict(self._tensors[name]))
+        raise ArtefactError(f"the entry '{self.key}' holds {', '.join(self.files) or 'nothing'}, but no tensors")
+
+    def close(self) -> None:
+        """Give the lease back; tensors stay readable."""
+        if self._release is not None:
+            self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,141 @@
+"""The store as its users see it: one folder that is written, and others, local or remote, that are read through."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from smartinit.store.flight import WAIT_SECONDS, single_flight
+from smartinit.store.local import LocalStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    import torch
+
+    from smartinit.store.entry import Entry
+    from smartinit.store.keys import Key
+    from smartinit.store.manifest import Manifest
+    from smartinit.store.prune import PrunePlan
+    from smartinit.store.transfer import Transfer
+    from smartinit.store.verify import Unsound
+
+DEFAULT = "cache"
+VARIABLE = "SMARTINIT_CACHE"
+
+
+class Store:
+    """Results by what they were computed from.
+
+    Args:
+        path_or_url: the folder that is written; None: that of the environment variable ``SMARTINIT_CACHE``, or
+            ``cache``.
+        layers: further stores that are read, in this order, where the first has nothing; what they have is copied into
+            the first.
+        read_only: write nothing.
+        locking: whether processes that want the same result wait for each other; correctness does not need it.
+    """
+
+    def __init__(
+        self,
+        path_or_url: str | os.PathLike[str] | None = None,
+        *layers: str | os.PathLike[str],
+        read_only: bool = False,
+        locking: bool = True,
+    ) -> None:
+        place = os.environ.get(VARIABLE) or DEFAULT if path_or_url is None else path_or_url
+        self.local = LocalStore(place, read_only=read_only)
+        self.layers = [LocalStore(layer, read_only=True) for layer in layers]
+        self.locking = locking
+
+    def put(
+        self,
+        key: Key | str,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        meta: Mapping[str, Any] | None = None,
+        *,
+        files: Mapping[str, bytes | Path] | None = None,
+        tags: Iterable[str] = (),
+        basis: str = "",
+        replace: bool = False,
+    ) -> Manifest:
+        """See `LocalStore.put`."""
+        return self.local.put(key, tensors, meta, files=files, tags=tags, basis=basis, replace=replace)
+
+    def get(self, key: Key | str) -> Entry | None:
+        """See `LocalStore.get`; the layers are asked after the first store."""
+        return self.local.get(key)
+
+    def peek(self, key: Key | str) -> Manifest | None:
+        """See `LocalStore.peek`; the layers are asked after the first store."""
+        return self.local.peek(key)
+
+    def keys(self, tag: str | None = None) -> Iterator[str]:
+        """See `LocalStore.keys`; those of all layers, each once."""
+        return self.local.keys(tag)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.local
+
+    def single_flight(
+        self, key: Key | str, *, timeout: float = WAIT_SECONDS, tell: Callable[[str], None] | None = None
+    ) -> AbstractContextManager[bool]:
+        """See `smartinit.store.flight.single_flight`."""
+        return single_flight(self.local.layout, str(key), timeout=timeout, tell=tell, locking=self.locking)
+
+    def explain(self, request: Any) -> str:  # noqa: ANN401 - a Key, a Recipe, or the name of an entry
+        """Whether the store has a request, and if not, in what it differs from the nearest entry.
+
+        See `smartinit.store.explain.explain`.
+        """
+        from smartinit.store.explain import explain
+
+        return explain(self, request)
+
+    def verify(self, *, repair: bool = False) -> list[Unsound]:
+        """Read everything and check it against its sha256; see `smartinit.store.verify.verify`."""
+        from smartinit.store.verify import verify
+
+        return verify(self.local, repair=repair)
+
+    def prune(
+        self,
+        max_bytes: int | None = None,
+        *,
+        max_age: float | None = None,
+        unused_for: float | None = None,
+        dry_run: bool = False,
+    ) -> PrunePlan:
+        """Plan what goes, and unless ``dry_run`` remove it; see `smartinit.store.prune.plan_prune`."""
+        from smartinit.store.prune import plan_prune
+
+        plan = plan_prune(self.local, max_bytes=max_bytes, max_age=max_age, unused_for=unused_for)
+        if not dry_run:
+            plan.execute()
+        return plan
+
+    def pin(self, key: Key | str) -> None:
+        """Keep an entry whatever is pruned; see `smartinit.store.pins.pin`."""
+        from smartinit.store.pins import pin
+
+        pin(self.local, key)
+
+    def unpin(self, key: Key | str) -> None:
+        """Take a pin off; see `smartinit.store.pins.unpin`."""
+        from smartinit.store.pins import unpin
+
+        unpin(self.local, key)
+
+    def push(self, target: str | os.PathLike[str], keys: Iterable[Key | str] | None = None) -> Transfer:
+        """Copy entries (all of them if none are named) to another store; see `smartinit.store.transfer.push`."""
+        from smartinit.store.transfer import push
+
+        return push(self.local, target, keys)
+
+    def pull(self, source: str | os.PathLike[str], keys: Iterable[Key | str] | None = None) -> Transfer:
+        """Copy entries from another store; see `smartinit.store.transfer.pull`."""
+        from smartinit.store.transfer import pull
+
+        return pull(self.local, source, keys)
