@@ -18,11 +18,11 @@ from smartinit.cli.layer_table import (
 )
 from smartinit.cli.options import output_options
 from smartinit.cli.output import Output
-from smartinit.cli.safetensors_header import read_header
 from smartinit.errors import ArtefactError, MissingFileError, SmartinitError
+from smartinit.formats.safetensors_header import read_header
 
 if TYPE_CHECKING:
-    from smartinit.cli.safetensors_header import Entry
+    from smartinit.formats.safetensors_header import Entry
 
 CONFIG, TENSORS, RECORD = "adapter_config.json", "adapter_model.safetensors", "smartinit.json"
 _A_ENDINGS = (".lora_A.weight", ".lora_embedding_A")

@@ -6,8 +6,8 @@ import json
 import re
 from pathlib import Path
 
-from smartinit.cli.safetensors_header import read_header
 from smartinit.errors import MissingFileError, ModelError
+from smartinit.formats.safetensors_header import read_header
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smartinit.cli.model_folder import check_model_folder, is_local
-from smartinit.cli.safetensors_header import read_header
+from smartinit.formats.safetensors_header import read_header
 from smartinit.errors import MissingFileError, ModelError
 
 
