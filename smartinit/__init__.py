@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from smartinit.quantised import replace_lora_weights_loftq
     from smartinit.recipe import Recipe
     from smartinit.spectrum import Certificate, Spectrum
+    from smartinit.store import Store
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "Spectrum",
+    "Store",
     "__version__",
     "compute",
     "compute_many",
@@ -70,6 +72,7 @@ _MODULE_OF = {
     "Plan": "smartinit.planning.plan",
     "Recipe": "smartinit.recipe",
     "Spectrum": "smartinit.spectrum",
+    "Store": "smartinit.store",
     "compute": "smartinit.pipeline",
     "compute_many": "smartinit.pipeline",
     "convert_adapter": "smartinit.convert",

@@ -83,8 +83,8 @@ def tensor_chunks(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, st
                 yield piece.numpy().data
 
 
-def map_tensors(path: Path, size: int) -> tuple[torch.UntypedStorage, dict[str, torch.Tensor], dict[str, str]]:
-    """The file in memory without being read: its bytes, the tensors in them, and its metadata.
+def map_tensors(path: Path, size: int) -> tuple[memoryview, dict[str, torch.Tensor]]:
+    """The file in memory without being read: its bytes, and the tensors in them.
 
     The map is private: writing to a tensor changes no file.
 
@@ -101,7 +101,7 @@ def map_tensors(path: Path, size: int) -> tuple[torch.UntypedStorage, dict[str, 
     storage: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
     whole = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,), (1,))
     start, header = parse_header(whole[: min(size, 8 + MAX_HEADER)].numpy().data, size, str(path))
-    metadata = header.pop(_METADATA, {})
+    header.pop(_METADATA, None)
     found = {}
     for name, entry in header.items():
         dtype, begin = _TORCH[entry["dtype"]], start + entry["data_offsets"][0]
@@ -112,7 +112,7 @@ def map_tensors(path: Path, size: int) -> tuple[torch.UntypedStorage, dict[str, 
         else:  # other writers need not align
             view = whole[begin : start + entry["data_offsets"][1]].clone().view(dtype).reshape(entry["shape"])
         found[name] = view
-    return storage, found, metadata
+    return whole.numpy().data, found
 
 
 def parse_header(data: Any, size: int, where: str) -> tuple[int, dict[str, Any]]:  # noqa: ANN401 - a buffer

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import secrets
 import socket
 import time
 import warnings
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from smartinit import __version__
 from smartinit.errors import ArtefactError, StoreError, VerificationError
-from smartinit.formats.tensor_file import map_tensors, tensor_chunks
 from smartinit.store import durable
 from smartinit.store.blobs import check_size, checksum, keep_blob, write_blob
 from smartinit.store.entry import TENSORS, Entry
@@ -33,7 +32,10 @@ from smartinit.store.manifest import MAX_BYTES, Manifest
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    import torch
+
     from smartinit.store.blobs import Blob
+    from smartinit.store.leases import Lease
 
 _TAG = (
     b"Signature: 8a477f597d28d172789f06886806bc55\n"
@@ -111,7 +113,7 @@ class LocalStore:
                 tags=tags,
                 basis=basis,
                 created=time.time(),
-                writer={"smartinit": __version__, "torch": torch.__version__, "host": socket.gethostname()},
+                writer={"smartinit": __version__, "torch": version("torch"), "host": socket.gethostname()},
             )
             return self._publish(manifest, replace=replace, sources=sources)
         except OSError as error:
@@ -119,10 +121,14 @@ class LocalStore:
                 raise
             raise StoreError(f"cannot write to the store '{self.layout.root}': {error.strerror or error}") from error
 
-    def get(self, key: Key | str) -> Entry | None:
+    def get(self, key: Key | str, *, tensors: bool = True) -> Entry | None:
         """The entry of a key, every byte of which has been checked; None if there is none.
 
         What is found broken is put into quarantine with a warning, and is None as well.
+
+        Args:
+            key: its name.
+            tensors: False: only the files are wanted (and torch is not imported).
 
         Cost: one read of the entry; the tensors are mapped, not copied.
         """
@@ -131,7 +137,7 @@ class LocalStore:
         entry = None
         try:
             manifest = self.peek(name)
-            entry = None if manifest is None else self._open(manifest, lease)
+            entry = None if manifest is None else self._open(manifest, lease, as_tensors=tensors)
         finally:
             if entry is None and lease is not None:
                 lease.release()
@@ -201,14 +207,14 @@ class LocalStore:
                 done = "it was put into quarantine, and will be computed again"
         warnings.warn(f"{why}; {done}", stacklevel=4)
 
-    def _open(self, manifest: Manifest, lease: Any) -> Entry | None:  # noqa: ANN401 - a Lease or None
+    def _open(self, manifest: Manifest, lease: Lease | None, *, as_tensors: bool) -> Entry | None:
         files, tensors = {}, {}
         for name, blob in manifest.blobs.items():
             path = self.layout.blob(blob.sha256)
             files[name] = path
             try:
                 check_size(path, blob)
-                tensors[name] = _checked(path, blob, as_tensors=name.endswith(".safetensors"))
+                tensors[name] = _checked(path, blob, as_tensors=as_tensors and name.endswith(".safetensors"))
             except (VerificationError, ArtefactError) as error:
                 self.discard(path, f"entry '{manifest.key}': {error}")
                 return None
@@ -328,11 +334,16 @@ def _checked(path: Path, blob: Blob, *, as_tensors: bool) -> Mapping[str, torch.
         VerificationError: it was changed.
         ArtefactError: it is no safetensors file.
     """
-    if as_tensors and blob.size:
-        storage, tensors, _ = map_tensors(path, blob.size)
-        data = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (blob.size,), (1,)).numpy().data
+    tensors: Mapping[str, torch.Tensor] = {}
+    if as_tensors:
+        from smartinit.formats.tensor_file import map_tensors
+
+        data, tensors = map_tensors(path, blob.size)
+    elif blob.size:
+        with path.open("rb") as file:
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     else:
-        data, tensors = memoryview(path.read_bytes()), {}
+        data = memoryview(b"")
     if checksum(data) != blob.xxh3:
         raise VerificationError(f"'{path}' was changed: its checksum differs")
     return tensors
@@ -346,6 +357,8 @@ def _chunks(source: bytes | Path | Mapping[str, torch.Tensor]) -> Iterator[Any]:
             while piece := file.read(1 << 22):
                 yield piece
     else:
+        from smartinit.formats.tensor_file import tensor_chunks
+
         yield from tensor_chunks(source)
 
 
