@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from importlib import resources
 from pathlib import Path
@@ -26,6 +27,8 @@ settings.load_profile("smartinit")
 ROOT = Path(__file__).parents[1]
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
     from transformers import LlamaForCausalLM
 
@@ -44,6 +47,31 @@ def _one_thread_per_worker() -> None:
         import torch
 
         torch.set_num_threads(1)
+
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the stores of all tests lie; a fixture of wider scope than a test uses one there that is its own."""
+    folder = tmp_path_factory.mktemp("stores")
+    before = os.environ.get("SMARTINIT_CACHE")
+    os.environ["SMARTINIT_CACHE"] = str(folder / "of-the-session")
+    yield folder
+    if before is None:
+        del os.environ["SMARTINIT_CACHE"]
+    else:
+        os.environ["SMARTINIT_CACHE"] = before
+
+
+@pytest.fixture(autouse=True)
+def _own_store(_stores: Path) -> Iterator[None]:
+    """Every test has its own default store, so that none finds what another one has computed."""
+    of_the_session = os.environ["SMARTINIT_CACHE"]
+    os.environ["SMARTINIT_CACHE"] = str(_stores / str(next(_numbers)))  # made when something is put in
+    yield
+    os.environ["SMARTINIT_CACHE"] = of_the_session
 
 
 @pytest.fixture(scope="session")

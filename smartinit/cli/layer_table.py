@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import math
 import statistics
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from smartinit.cli.output import human_count, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from smartinit.artefact_record import LayerSummary
-    from smartinit.planning.gain import GainSummary
+    from smartinit.planning.gain import Gain, GainSummary
+
+
+class KnownLayer(Protocol):
+    """What is asked of a layer: a `LayerSummary`, or what a record says of one."""
+
+    @property
+    def certificate(self) -> Any:  # noqa: ANN401 - a Certificate, or its fields
+        """How far it can be trusted."""
+
+    @property
+    def gain(self) -> Gain | None:
+        """Of its first step."""
 
 
 class _Column(NamedTuple):
@@ -94,7 +105,7 @@ def describe_ranks(kind: str, ranks: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def describe_known(layers: Sequence[LayerSummary]) -> dict[str, Any]:
+def describe_known(layers: Sequence[KnownLayer]) -> dict[str, Any]:
     """Means and medians of what an artefact knows of layers; None where it knows nothing."""
     gains = gain_of_layers(layers)
     return {
@@ -103,7 +114,7 @@ def describe_known(layers: Sequence[LayerSummary]) -> dict[str, Any]:
     }
 
 
-def gain_of_layers(layers: Iterable[LayerSummary]) -> GainSummary | None:
+def gain_of_layers(layers: Iterable[KnownLayer]) -> GainSummary | None:
     """Gains of the layers that have one."""
     from smartinit.planning.gain import summarise_gains
 

@@ -1,9 +1,9 @@
-"""What a computed artefact is worth, in a table and as JSON."""
+"""What a computed artefact is worth, in a table and as JSON; read from its record, so that it needs no torch."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smartinit.cli.layer_table import (
     by_type,
@@ -17,24 +17,61 @@ from smartinit.cli.layer_table import (
 from smartinit.cli.output import human_count
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from smartinit.artefact import Artefact
+    from smartinit.planning.gain import Gain
+
+
+class _Certificate(NamedTuple):
+    """The fields of `smartinit.spectrum.Certificate` that are shown."""
+
+    captured: float | None
+    captured_held_out: float | None
+    settled: bool | None
+
+
+class _Layer(NamedTuple):
+    """One layer of a record."""
+
+    shape: tuple[int, int]
+    certificate: _Certificate
+    gain: Gain | None
 
 
 def summarise(artefact: Artefact) -> dict[str, Any]:
     """Figures per layer type and in total, as plain values."""
-    provenance = artefact.provenance
-    sites = len(artefact.sites)
-    gain = gain_of_layers(artefact.layers.values())
+    return summarise_record(
+        {
+            "recipe": artefact.recipe.as_dict(),
+            "plan": artefact.plan.as_dict(),
+            "targets": list(artefact.plan.ranks),
+            "layers": {name: layer.as_dict() for name, layer in artefact.layers.items()},
+            "sites": artefact.sites,
+            "provenance": artefact.provenance,
+            "timings": artefact.timings,
+        }
+    )
+
+
+def summarise_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The same from what ``smartinit.json`` holds.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: it is no sound record.
+    """
+    provenance, recipe = record["provenance"], record["recipe"]
+    ranks = {name: int(record["plan"]["ranks"][name]) for name in record["targets"]}
+    layers = {name: _layer(record["layers"][name]) for name in ranks}
+    gain = gain_of_layers(layers.values())
     return {
-        "method": artefact.recipe.method,
-        "layers": [_of_type(artefact, kind, names) for kind, names in by_type(artefact.plan.ranks).items()],
-        "ranks": artefact.plan.total,
-        "budget": _budget(artefact),
-        "parameters": sum(
-            rank * sum(artefact.layers[name].shape) for name, rank in artefact.plan.ranks.items() if rank
-        ),
-        "targets": len(artefact.plan.ranks),
-        "sites": sites,
+        "method": recipe["method"],
+        "layers": [_of_type({name: layers[name] for name in names}, kind, ranks) for kind, names in _kinds(ranks)],
+        "ranks": sum(ranks.values()),
+        "budget": _budget(recipe["planner"], sum(ranks.values())),
+        "parameters": sum(rank * sum(layers[name].shape) for name, rank in ranks.items() if rank),
+        "targets": len(ranks),
+        "sites": len(record["sites"]),
         "sites_settled": provenance.get("sites_settled"),
         "batches": provenance.get("batches"),
         "bad_batches": len(provenance.get("bad_batches") or ()),
@@ -42,7 +79,7 @@ def summarise(artefact: Artefact) -> dict[str, Any]:
         "tokens": provenance.get("tokens"),
         "tokens_per_second": _finite(provenance.get("tokens_per_second")),
         "gain": None if gain is None else gain.as_dict(),
-        "seconds": {phase: round(seconds, 3) for phase, seconds in artefact.timings.items()},
+        "seconds": {phase: round(seconds, 3) for phase, seconds in record["timings"].items()},
     }
 
 
@@ -71,27 +108,41 @@ def render(summary: dict[str, Any]) -> str:
     )
 
 
-def _of_type(artefact: Artefact, kind: str, names: list[str]) -> dict[str, Any]:
-    layers = [artefact.layers[name] for name in names]
-    certificates = [layer.certificate for layer in layers]
+def _kinds(ranks: Mapping[str, int]) -> list[tuple[str, list[str]]]:
+    return list(by_type(ranks).items())
+
+
+def _layer(values: Mapping[str, Any]) -> _Layer:
+    from smartinit.planning.gain import Gain
+
+    out_features, in_features = values["shape"]
+    certificate, gain = values["certificate"], values.get("gain")
+    return _Layer(
+        (int(out_features), int(in_features)),
+        _Certificate(certificate["captured"], certificate["captured_held_out"], certificate["settled"]),
+        None if gain is None else Gain.from_dict(gain),
+    )
+
+
+def _of_type(layers: Mapping[str, _Layer], kind: str, ranks: Mapping[str, int]) -> dict[str, Any]:
+    certificates = [layer.certificate for layer in layers.values()]
     known = [bool(c.settled) for c in certificates if c.settled is not None]
     return {
-        **describe_ranks(kind, [artefact.plan.ranks[name] for name in names]),
-        **describe_known(layers),
+        **describe_ranks(kind, [ranks[name] for name in layers]),
+        **describe_known(list(layers.values())),
         "captured_held_out": mean(c.captured_held_out for c in certificates),
         "settled": sum(known) if known else None,
     }
 
 
-def _budget(artefact: Artefact) -> dict[str, Any]:
-    planner = artefact.recipe.planner
+def _budget(planner: Mapping[str, Any], total: int) -> dict[str, Any]:
     if planner.get("params") is not None:
         return {"unit": "parameters", "value": planner["params"]}
     if planner.get("captured") is not None and planner.get("budget") is None:  # the ranks are what it takes
-        return {"unit": "ranks", "value": artefact.plan.total}
+        return {"unit": "ranks", "value": total}
     asked = planner.get("ranks")
-    total = sum(asked.values()) if isinstance(asked, dict) or hasattr(asked, "values") else artefact.plan.total
-    return {"unit": "ranks", "value": planner.get("budget") or total}
+    wanted = total if asked is None else sum(asked.values())
+    return {"unit": "ranks", "value": planner.get("budget") or wanted}
 
 
 def _finite(value: float | None) -> float | None:

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from smartinit.errors import ConfigError
-from smartinit.planning.first_step import adam_terms, sgd_energy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -107,6 +106,8 @@ def gain_of(factors: Factors, scaling: float, moment: SecondMoment, *, embedding
     Cost: ``O(r n k)`` with k known directions, or ``O(r n²)`` with the whole moment; where B is not zero, ``O(m²)``
     for ``m = min(n, 512)``, once per moment.
     """
+    from smartinit.planning.first_step import adam_terms, sgd_energy  # torch: stored gains are read without it
+
     terms = adam_terms(factors, moment)
     reference, reference_sgd = _yardstick(factors.b.shape[0], factors.rank, moment, embedding=embedding)
     return Gain(
