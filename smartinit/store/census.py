@@ -1,0 +1,151 @@
+"""Which blobs the manifests of a store name: read once in full, and again later at the price of what is new."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from smartinit.errors import StoreError, VerificationError
+from smartinit.store.keys import check_name
+from smartinit.store.manifest import MAX_BYTES, Manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from smartinit.store.layout import Layout
+
+GONE = frozenset({errno.ENOENT, errno.ESTALE, errno.ENOTDIR})
+"""What an operating system says of a file that someone has just removed."""
+_SUFFIX = ".json"
+_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
+class Counted(NamedTuple):
+    """One manifest, as pruning needs it.
+
+    Attributes:
+        key: of the entry.
+        blobs: digest and bytes of each blob, each once.
+        bytes: of the manifest itself.
+        modified_ns: of the manifest: when the entry was stored, by the clock of the file system.
+    """
+
+    key: str
+    blobs: tuple[tuple[bytes, int], ...]
+    bytes: int
+    modified_ns: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the entry with its blobs."""
+        return self.bytes + sum(size for _, size in self.blobs)
+
+
+class Census:
+    """How often every blob is named.
+
+    Attributes:
+        named: digest of a blob -> how many entries name it.
+        damaged: manifests that were changed: nobody is served these.
+        blind: sentences about manifests that cannot be read; what they name is not known.
+
+    Memory: about 250 bytes for an entry with a blob of its own.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.named: dict[bytes, int] = {}
+        self.damaged: list[str] = []
+        self.blind: list[str] = []
+        self._read: set[int] = set()
+
+    def read(self) -> Iterator[Counted]:
+        """Count manifests that have not been read yet. Cost: about 40 µs for each new one, 5 µs for each known one."""
+        yield from self._read_folder(self.layout.entries, aside=False)
+
+    def read_aside(self, oldest_ns: int) -> None:
+        """Count the results that were kept aside since then too."""
+        for found in self._read_folder(self.layout.aside, aside=True, oldest_ns=oldest_ns):
+            del found
+
+    def forget(self, entry: Counted) -> list[tuple[bytes, int]]:
+        """Count an entry no longer; returns its blobs that nothing names now."""
+        free = []
+        for digest, size in entry.blobs:
+            left = self.named.get(digest, 0) - 1
+            if left > 0:
+                self.named[digest] = left
+            else:
+                self.named.pop(digest, None)
+                free.append((digest, size))
+        return free
+
+    def remember(self, entry: Counted) -> None:
+        """Count an entry again."""
+        for digest, _ in entry.blobs:
+            self.named[digest] = self.named.get(digest, 0) + 1
+
+    def _read_folder(self, folder: Path, *, aside: bool, oldest_ns: int = 0) -> Iterator[Counted]:
+        try:
+            items = os.scandir(folder)
+        except OSError as error:
+            if error.errno not in GONE:
+                self.blind.append(f"'{folder}' cannot be listed ({error.strerror or error})")
+            return
+        with items:
+            for item in items:
+                found = self._read_item(item, aside=aside, oldest_ns=oldest_ns)
+                if found is not None:
+                    self.remember(found)
+                    yield found
+
+    def _read_item(self, item: os.DirEntry[str], *, aside: bool, oldest_ns: int) -> Counted | None:
+        key = item.name.removesuffix(_SUFFIX)
+        key = key.partition(".")[0] if aside else key
+        try:
+            if not item.name.endswith(_SUFFIX) or check_name(key) is None:
+                return None
+        except ValueError:
+            return None
+        try:
+            status = item.stat(follow_symlinks=False)
+            mark = hash((item.name, status.st_ino, status.st_mtime_ns, status.st_size, aside))
+            if mark in self._read or status.st_mtime_ns < oldest_ns:
+                return None
+            manifest, length = read_manifest(Path(item.path), key)
+        except VerificationError:
+            self.damaged.append(item.path)
+            return None
+        except OSError as error:
+            if isinstance(error, StoreError) or error.errno not in GONE:
+                self.blind.append(
+                    str(error) if isinstance(error, StoreError) else f"'{item.path}' cannot be read: {error}"
+                )
+            return None
+        self._read.add(mark)
+        blobs = {bytes.fromhex(blob.sha256): blob.size for blob in manifest.blobs.values()}
+        return Counted(key, tuple(blobs.items()), length, status.st_mtime_ns)
+
+
+def read_manifest(path: Path, key: str) -> tuple[Manifest, int]:
+    """A manifest and its bytes.
+
+    Raises:
+        VerificationError: it was changed.
+        StoreError: it is of a newer version.
+        OSError: it cannot be read, or is no regular file.
+    """
+    descriptor = os.open(path, _FLAGS)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "no regular file", str(path))
+        with open(descriptor, "rb", closefd=False) as file:
+            content = file.read(MAX_BYTES + 1)
+    finally:
+        with suppress(OSError):
+            os.close(descriptor)
+    return Manifest.from_bytes(content, key), len(content)
