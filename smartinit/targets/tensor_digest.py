@@ -108,6 +108,19 @@ def pieces(tensor: torch.Tensor) -> Iterator[NDArray[np.uint8]]:
             yield from pieces(part.contiguous() if part.numel() * part.element_size() <= _PIECE else part[0])
 
 
+def tensor_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    """All bytes of a tensor, ``(bytes,)``, as `tensor_digest` hashes them.
+
+    Raises:
+        ModelError: there are none, or they are not an ordinary tensor's.
+    """
+    why = without_numbers(tensor)
+    if why:
+        raise ModelError(f"a {type(tensor).__name__} has no bytes: it {why}")
+    found = list(pieces(_plain(tensor)))
+    return np.concatenate(found) if found else np.empty(0, np.uint8)
+
+
 def described(value: object) -> str:
     """The text of a value that JSON has no form for, without addresses in memory."""
     return _ADDRESS.sub("0x", repr(value))
