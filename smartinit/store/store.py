@@ -60,9 +60,10 @@ class Store:
         tags: Iterable[str] = (),
         basis: str = "",
         replace: bool = False,
+        compare: Iterable[str] | None = None,
     ) -> Manifest:
         """See `LocalStore.put`."""
-        return self.local.put(key, tensors, meta, files=files, tags=tags, basis=basis, replace=replace)
+        return self.local.put(key, tensors, meta, files=files, tags=tags, basis=basis, replace=replace, compare=compare)
 
     def get(self, key: Key | str) -> Entry | None:
         """See `LocalStore.get`; the layers are asked after the first store."""
@@ -139,3 +140,8 @@ class Store:
         from smartinit.store.transfer import pull
 
         return pull(self.local, source, keys)
+
+
+def as_store(place: Store | str | os.PathLike[str] | None) -> Store | None:
+    """A store as it is given to functions: itself, its folder or URL, or None."""
+    return place if place is None or isinstance(place, Store) else Store(place)
