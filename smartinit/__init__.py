@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from smartinit.recipe import Recipe
     from smartinit.spectrum import Certificate, Spectrum
     from smartinit.store import Store
+    from smartinit.training_record import InitRecorder
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "CordaConfig",
     "EvaConfig",
     "Factors",
+    "InitRecorder",
     "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",
@@ -65,6 +67,7 @@ _MODULE_OF = {
     "CordaConfig": "smartinit.config",
     "EvaConfig": "smartinit.config",
     "Factors": "smartinit.factors",
+    "InitRecorder": "smartinit.training_record",
     "LoftQConfig": "smartinit.config",
     "LoraConfig": "smartinit.config",
     "LoraGAConfig": "smartinit.config",
