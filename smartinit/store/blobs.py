@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import xxhash
 
 from smartinit.errors import VerificationError
 from smartinit.store import durable
+from smartinit.store.regular import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 PIECE = 16 << 20
 """Bytes under one checksum: pieces are checked by several threads."""
-_THREADS = min(8, os.cpu_count() or 1)
+THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,16 @@ class _Digests:
         return Blob(self._sha.hexdigest(), self._size, self._pieces.hexdigest())
 
 
-def write_blob(layout: Layout, chunks: Iterable[Any]) -> Blob:
-    """Store content under its digest, unless it is there.
+@dataclass(frozen=True)
+class Draft:
+    """A blob that is whole and on disk, but not yet under its name."""
+
+    path: Path
+    blob: Blob
+
+
+def draft_blob(layout: Layout, chunks: Iterable[Any]) -> Draft:
+    """Write content to a temporary file.
 
     Raises:
         OSError: it cannot be written; nothing is left.
@@ -87,15 +97,39 @@ def write_blob(layout: Layout, chunks: Iterable[Any]) -> Blob:
     digests, unfinished = _Digests(), layout.new_file()
     durable.make_folder(layout.unfinished)
     durable.write_new(unfinished, digests.passing(chunks))
-    blob = digests.blob()
+    return Draft(unfinished, digests.blob())
+
+
+def settle_blob(layout: Layout, draft: Draft) -> None:
+    """Give a draft its name, unless the same content has it already: one that is broken is replaced.
+
+    Raises:
+        OSError: it cannot be done; the draft may be left.
+
+    Cost: one read of what is there.
+    """
+    final = layout.blob(draft.blob.sha256)
+    durable.make_folder(final.parent)
+    if _is_sound(final, draft.blob) and durable.renew(final):
+        durable.flush_folder(final.parent)  # who has put it there may not have come so far
+        durable.clear(draft.path)
+    else:
+        durable.publish(draft.path, final)
+
+
+def write_blob(layout: Layout, chunks: Iterable[Any]) -> Blob:
+    """Store content under its digest, unless it is there.
+
+    Raises:
+        OSError: it cannot be written; nothing is left.
+    """
+    draft = draft_blob(layout, chunks)
     try:
-        if not keep_blob(layout, blob):
-            final = layout.blob(blob.sha256)
-            durable.make_folder(final.parent)
-            durable.publish(unfinished, final)  # in place of one of the wrong size, if there is one
-    finally:
-        durable.remove(unfinished)
-    return blob
+        settle_blob(layout, draft)
+    except BaseException:
+        durable.clear(draft.path)
+        raise
+    return draft.blob
 
 
 def keep_blob(layout: Layout, blob: Blob) -> bool:
@@ -104,12 +138,27 @@ def keep_blob(layout: Layout, blob: Blob) -> bool:
     try:
         if path.stat().st_size != blob.size:
             return False
-        os.utime(path)
+        return durable.renew(path) or path.exists()  # someone else's file is there all the same
     except FileNotFoundError:
         return False
-    except PermissionError:  # someone else's file: it is there
-        return True
-    return True
+
+
+def _is_sound(path: Path, blob: Blob) -> bool:
+    """Whether a file has a blob's bytes; whatever cannot be read has not."""
+    try:
+        with open_regular(path) as file:
+            return os.fstat(file.fileno()).st_size == blob.size and checksum(mapped(file, blob.size)) == blob.xxh3
+    except (OSError, ValueError):  # VerificationError is one
+        return False
+
+
+def mapped(file: BinaryIO, size: int) -> memoryview:
+    """A file's bytes, read when they are looked at.
+
+    Raises:
+        OSError, ValueError: it cannot be mapped, or is shorter.
+    """
+    return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)) if size else memoryview(b"")
 
 
 def checksum(data: memoryview) -> str:
@@ -120,7 +169,7 @@ def checksum(data: memoryview) -> str:
         for piece in pieces:
             whole.update(xxhash.xxh3_128_digest(piece))
         return whole.hexdigest()
-    with ThreadPoolExecutor(_THREADS) as threads:
+    with ThreadPoolExecutor(THREADS) as threads:
         for digest in threads.map(xxhash.xxh3_128_digest, pieces):
             whole.update(digest)
     return whole.hexdigest()
@@ -135,13 +184,18 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_size(path: Path, blob: Blob) -> None:
+def check_size(path: Path, blob: Blob, found: int | None = None) -> None:
     """Cheap: sizes only.
+
+    Args:
+        path: of the file.
+        blob: what it should be.
+        found: its size, if that is known.
 
     Raises:
         VerificationError: another size.
         FileNotFoundError: there is no such blob.
     """
-    size = path.stat().st_size
-    if size != blob.size:
-        raise VerificationError(f"'{path}' has {size} bytes instead of {blob.size}")
+    found = path.stat().st_size if found is None else found
+    if found != blob.size:
+        raise VerificationError(f"'{path}' has {found} bytes instead of {blob.size}")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +18,28 @@ if TYPE_CHECKING:
 
 # File systems that cannot do a thing say so in many ways.
 _CANNOT = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL}
+_kept: set[Path] = set()  # folders whose names this process knows to be on disk
 
 
 def make_folder(path: Path) -> None:
-    """The folder and its parents; each new one is on disk before something is put into it."""
-    if path.is_dir():
+    """The folder and its parents; its name is on disk when this returns, also if another process has just made it.
+
+    Raises:
+        OSError: among others a file, or a link to nothing, that has the name.
+    """
+    if path in _kept and path.is_dir():
         return
-    make_folder(path.parent)
-    with suppress(FileExistsError):
-        path.mkdir()
-        flush_folder(path.parent)
+    if not path.is_dir():
+        make_folder(path.parent)
+        with suppress(FileExistsError):
+            path.mkdir()
+            shared = team_bits(path.parent)
+            if shared is not None:
+                path.chmod(shared | stat.S_ISGID)
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    flush_folder(path.parent)
+    _kept.add(path)
 
 
 def write_new(path: Path, chunks: Iterable[Any], *, mode: int = 0o444) -> None:
@@ -34,17 +48,16 @@ def write_new(path: Path, chunks: Iterable[Any], *, mode: int = 0o444) -> None:
     Raises:
         OSError: among others no space left, or an I/O error.
     """
+    descriptor = _create(path, mode)
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
         with open(descriptor, "wb", buffering=0) as file:  # noqa: PTH123 - a descriptor
             for chunk in chunks:
                 view = memoryview(chunk)
                 while view.nbytes:
                     view = view[file.write(view) or 0 :]
-            os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
     except BaseException:
-        remove(path)
+        clear(path)
         raise
 
 
@@ -63,29 +76,64 @@ def publish_once(unfinished: Path, final: Path) -> bool:
     try:
         os.link(unfinished, final)
     except FileExistsError:
-        remove(unfinished)
+        clear(unfinished)
         return False
     except OSError as error:
         if error.errno not in _CANNOT:
             raise
         if final.exists():
-            remove(unfinished)
+            clear(unfinished)
             return False
         publish(unfinished, final)  # both of two at once may believe they were first: each file is whole
         return True
+    clear(unfinished)
     flush_folder(final.parent)
-    remove(unfinished)
     return True
 
 
-def touch(path: Path) -> None:
-    """An empty file, modified now."""
+def write_once(unfinished: Path, final: Path, content: bytes) -> None:
+    """A small file with all its bytes, unless its name is taken."""
+    try:
+        write_new(unfinished, [content])
+        publish_once(unfinished, final)
+    finally:
+        clear(unfinished)
+
+
+def move(path: Path, to: Path) -> None:
+    """Rename within a store, in place of what has that name; not on disk before the folder is flushed."""
+    os.replace(path, to)  # noqa: PTH105 - one function to make fail
+
+
+def touch(path: Path, *, lasting: bool = False) -> None:
+    """An empty file, modified now.
+
+    Args:
+        path: of the file.
+        lasting: a new one survives a power failure; other marks are cheaper.
+    """
     try:
         os.utime(path)
     except FileNotFoundError:
         make_folder(path.parent)
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644))
+        with suppress(FileExistsError):
+            os.close(_create(path, 0o664))
         os.utime(path)
+        if lasting:
+            flush_folder(path.parent)
+
+
+def renew(path: Path) -> bool:
+    """Whether a file's time could be made new; False if it is gone, or someone else's.
+
+    Raises:
+        OSError: for other reasons.
+    """
+    try:
+        os.utime(path)
+    except (FileNotFoundError, PermissionError):
+        return False
+    return True
 
 
 def remove(path: Path) -> bool:
@@ -95,6 +143,12 @@ def remove(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
+
+
+def clear(path: Path) -> None:
+    """Remove a file that nothing needs, if that can be done; what stays is pruned later."""
+    with suppress(OSError):
+        remove(path)
 
 
 def flush_folder(folder: Path) -> None:
@@ -114,5 +168,26 @@ def flush_folder(folder: Path) -> None:
 
 def free_bytes(folder: Path) -> int:
     """What may still be written there."""
-    usage = os.statvfs(folder)
-    return usage.f_bavail * usage.f_frsize
+    return shutil.disk_usage(folder).free
+
+
+def _create(path: Path, mode: int) -> int:
+    """A descriptor of a new file, writable whatever ``mode`` will say to others."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    if os.name == "nt":
+        mode |= 0o200  # a file that is read-only there cannot be replaced
+    descriptor = os.open(path, flags, mode)
+    shared = team_bits(path.parent)
+    if shared is not None:
+        with suppress(OSError):
+            os.fchmod(descriptor, mode & shared)
+    return descriptor
+
+
+def team_bits(folder: Path) -> int | None:
+    """Permissions of a folder that a group shares (setgid, and writable for the group), else None: the umask decides.
+
+    Without this, one colleague's umask would lock out the others.
+    """
+    mode = folder.stat().st_mode
+    return mode & 0o777 if mode & stat.S_ISGID and mode & stat.S_IWGRP else None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from smartinit.errors import ArtefactError
+from smartinit.errors import ArtefactError, VerificationError
+from smartinit.store.blobs import check_size, checksum, mapped
+from smartinit.store.regular import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
+    from smartinit.store.blobs import Blob
     from smartinit.store.leases import Lease
     from smartinit.store.manifest import Manifest
 
@@ -75,3 +79,25 @@ class Entry:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def read_blob(path: Path, blob: Blob, *, as_tensors: bool) -> Mapping[str, torch.Tensor]:
+    """The tensors of a blob (none of another file), after its checksum was found right.
+
+    Raises:
+        VerificationError: it was changed.
+        ArtefactError: it is no safetensors file.
+        OSError, RuntimeError: it is not there, or cannot be read.
+    """
+    tensors: Mapping[str, torch.Tensor] = {}
+    with open_regular(path) as file:
+        check_size(path, blob, os.fstat(file.fileno()).st_size)
+        if as_tensors:
+            from smartinit.formats.tensor_file import map_tensors
+
+            data, tensors = map_tensors(path, blob.size)
+        else:
+            data = mapped(file, blob.size)
+    if checksum(data) != blob.xxh3:
+        raise VerificationError(f"'{path}' was changed: its checksum differs")
+    return tensors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import filelock
@@ -44,7 +44,7 @@ def single_flight(
     if locking:
         try:
             durable.make_folder(layout.locks)
-            lock = filelock.FileLock(layout.locks / f"{key}.lock", thread_local=False)
+            lock = _lock(layout, key)
             held = _wait(lock, key, timeout, tell)
         except (OSError, NotImplementedError):  # a file system without locks, or a store that cannot be written
             held = False
@@ -52,7 +52,15 @@ def single_flight(
         yield held
     finally:
         if lock is not None and held:
-            lock.release()
+            with suppress(OSError):
+                lock.release()
+
+
+def _lock(layout: Layout, key: str) -> filelock.BaseFileLock:
+    path = layout.locks / f"{key}.lock"
+    if durable.team_bits(layout.locks) is None:  # the umask decides
+        return filelock.FileLock(path, thread_local=False)
+    return filelock.FileLock(path, thread_local=False, mode=0o664)
 
 
 def _wait(lock: filelock.BaseFileLock, key: str, timeout: float, tell: Callable[[str], None] | None) -> bool:

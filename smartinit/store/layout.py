@@ -14,7 +14,7 @@
       quarantine/<name>.<token>          what was found broken
       adapters/<key>/                    artefacts as adapter folders, links to blobs
       memo/                              digests of files that others own
-      tmp/<token>                        unfinished
+      tmp/<host>.<pid>.<token>           unfinished
 
 Everything but `blobs` and `entries` may be lost without losing a result.
 """
@@ -24,6 +24,8 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from smartinit.store.owner import owner_mark
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -108,10 +110,15 @@ class Layout:
         """A manifest by its key."""
         return self.entries / f"{key}.json"
 
+    @property
+    def index_root(self) -> Path:
+        """The folders of all tags."""
+        return self.root / "index"
+
     def index(self, tag: str) -> Path:
         """The folder of one tag."""
-        return self.root / "index" / tag
+        return self.index_root / tag
 
     def new_file(self) -> Path:
-        """A name below `unfinished` that nobody else uses."""
-        return self.unfinished / secrets.token_hex(16)
+        """A name below `unfinished` that nobody else uses, and that says whose it is."""
+        return self.unfinished / f"{owner_mark()}.{secrets.token_hex(12)}"

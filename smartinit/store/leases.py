@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 import secrets
-import socket
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from smartinit.store import durable
+from smartinit.store.owner import owner_lives, owner_mark
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from smartinit.store.layout import Layout
-
-FOREIGN_SECONDS = 24 * 3600
-"""How long another machine's lease counts: whether its process lives cannot be seen from here."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +23,17 @@ class Lease:
     """One reader's mark on one entry."""
 
     path: Path
+    process: int = field(default_factory=os.getpid)
 
     def release(self) -> None:
-        """The reader is done."""
-        with suppress(OSError):
-            durable.remove(self.path)
+        """The reader is done; nothing happens in a fork of the reader, whose copy of the entry is not the last."""
+        if os.getpid() == self.process:
+            durable.clear(self.path)
 
 
 def take_lease(layout: Layout, key: str) -> Lease | None:
     """A mark on ``key``; None where the store cannot be written to."""
-    path = layout.leases / f"{key}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
+    path = layout.leases / f"{key}.{owner_mark()}.{secrets.token_hex(4)}"
     try:
         durable.touch(path)
     except OSError:
@@ -48,34 +46,14 @@ def leased_keys(layout: Layout, *, now: float | None = None) -> set[str]:
     now = time.time() if now is None else now
     found: set[str] = set()
     try:
-        paths = list(os.scandir(layout.leases))
-    except FileNotFoundError:
+        items = list(os.scandir(layout.leases))
+    except (FileNotFoundError, NotADirectoryError):
         return found
-    for item in paths:
+    for item in items:
         key, host, pid, _ = (*item.name.split("."), "", "", "")[:4]
-        if _lives(host, pid, item, now):
-            found.add(key)
-        else:
-            with suppress(OSError):
+        with suppress(OSError):  # released in the meantime
+            if owner_lives(host, pid, item.stat().st_mtime, now):
+                found.add(key)
+            else:
                 os.unlink(item.path)  # noqa: PTH108 - a scandir entry
     return found
-
-
-def _lives(host: str, pid: str, item: os.DirEntry[str], now: float) -> bool:
-    if host != _host() or not pid.isdigit():
-        with suppress(OSError):
-            return abs(now - item.stat().st_mtime) < FOREIGN_SECONDS  # a clock may have gone backwards
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _host() -> str:
-    """This machine's name as part of a file name."""
-    kept = [letter if letter.isalnum() or letter == "-" else "_" for letter in socket.gethostname().lower()]
-    return "".join(kept)[:60] or "host"

@@ -6,43 +6,40 @@ whoever is killed leaves either nothing or the whole; two writers of one key wri
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
-import mmap
 import os
 import secrets
-import socket
 import time
 import warnings
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smartinit import __version__
 from smartinit.errors import ArtefactError, StoreError, VerificationError
 from smartinit.store import durable
-from smartinit.store.blobs import check_size, checksum, keep_blob, write_blob
-from smartinit.store.entry import TENSORS, Entry
-from smartinit.store.keys import SCHEMA, Key, canonical, check_name
+from smartinit.store.blobs import check_size, checksum, draft_blob, keep_blob, settle_blob, write_blob
+from smartinit.store.entry import Entry, read_blob
+from smartinit.store.folder import check_space, check_store, make_store, writing
+from smartinit.store.keys import Key, check_name
 from smartinit.store.layout import Layout
 from smartinit.store.leases import take_lease
 from smartinit.store.manifest import MAX_BYTES, Manifest
+from smartinit.store.regular import read_small
+from smartinit.store.sources import chunks, describe, gather, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     import torch
 
-    from smartinit.store.blobs import Blob
+    from smartinit.store.blobs import Draft
     from smartinit.store.leases import Lease
+    from smartinit.store.sources import Source
 
-_TAG = (
-    b"Signature: 8a477f597d28d172789f06886806bc55\n"
-    b"# This folder holds what smartinit can compute again; backups may leave it out.\n"
-)
-_MARGIN = 8 << 20  # bytes that are left free on the disk
 _LOST = {errno.ENOENT, errno.ESTALE, errno.ENOTDIR}
+_LOOKS = 4  # at a name that others change at the same time
 
 
 class LocalStore:
@@ -54,10 +51,10 @@ class LocalStore:
     """
 
     def __init__(self, root: str | os.PathLike[str], *, read_only: bool = False) -> None:
-        self.layout = Layout(Path(root).expanduser())
+        self.layout = Layout(Path(root).expanduser().absolute())  # the process may go elsewhere
         self.read_only = read_only
         self._ready = False
-        self._check_schema()
+        check_store(self.layout)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.layout.root)!r})"
@@ -72,6 +69,7 @@ class LocalStore:
         tags: Iterable[str] = (),
         basis: str = "",
         replace: bool = False,
+        compare: Iterable[str] | None = None,
     ) -> Manifest:
         """Store a result: whole, or not at all.
 
@@ -86,6 +84,7 @@ class LocalStore:
             tags: groups that it can be found by (`keys`).
             basis: see `Manifest.basis`.
             replace: take the place of the result that is there.
+            compare: the files that must be equal in two results of one key; None: all of them.
 
         Returns:
             The manifest that the key has now.
@@ -94,32 +93,15 @@ class LocalStore:
             StoreError: the store is read-only, the disk is full, or it cannot be written; nothing is left behind.
             ConfigError, ArgumentError: no key, or values that cannot be stored.
         """
-        name = check_name(key)
-        tags = tuple(check_name(tag) for tag in tags)
-        canonical(meta or {})  # what cannot be stored is told before anything is
-        self._prepare()
-        sources: dict[str, bytes | Path | Mapping[str, torch.Tensor]] = dict(files or {})
-        if tensors is not None:
-            sources[TENSORS] = tensors
-        self._check_space(sources)
-        try:
-            blobs = {file: write_blob(self.layout, _chunks(source)) for file, source in sources.items()}
-            manifest = Manifest(
-                key=name,
-                blobs=blobs,
-                kind=key.kind if isinstance(key, Key) else "",
-                leaves=key.leaves if isinstance(key, Key) else {},
-                meta=meta or {},
-                tags=tags,
-                basis=basis,
-                created=time.time(),
-                writer={"smartinit": __version__, "torch": version("torch"), "host": socket.gethostname()},
-            )
-            return self._publish(manifest, replace=replace, sources=sources)
-        except OSError as error:
-            if isinstance(error, StoreError):
-                raise
-            raise StoreError(f"cannot write to the store '{self.layout.root}': {error.strerror or error}") from error
+        self._check_writable()
+        sources = gather(tensors, files)
+        draft = describe(check_name(key), key, sources, tags=tags, meta=meta or {}, basis=basis)
+        names = None if compare is None else frozenset(compare)
+        with writing(self.layout):
+            for _ in range(_LOOKS):
+                with suppress(FileNotFoundError):  # someone has removed a folder, or swept the temporary files
+                    return self._write(draft, sources, replace=replace, compare=names)
+            return self._write(draft, sources, replace=replace, compare=names)
 
     def get(self, key: Key | str, *, tensors: bool = True) -> Entry | None:
         """The entry of a key, every byte of which has been checked; None if there is none.
@@ -133,11 +115,18 @@ class LocalStore:
         Cost: one read of the entry; the tensors are mapped, not copied.
         """
         name = check_name(key)
-        lease = None if self.read_only else take_lease(self.layout, name)
-        entry = None
+        if _which(self.layout.entry(name)) is None:  # no lease on what is not there
+            return None
+        lease, entry, last = None if self.read_only else take_lease(self.layout, name), None, None
         try:
-            manifest = self.peek(name)
-            entry = None if manifest is None else self._open(manifest, lease, as_tensors=tensors)
+            for _ in range(_LOOKS):
+                manifest = self.peek(name)
+                if manifest is None or manifest == last:
+                    break
+                entry = self._open(manifest, lease, as_tensors=tensors)
+                if entry is not None:
+                    break
+                last = manifest  # another one may have taken its place, and its blobs have gone
         finally:
             if entry is None and lease is not None:
                 lease.release()
@@ -149,10 +138,11 @@ class LocalStore:
         """The manifest of a key alone; None if there is none, or no sound one. Cost: one small file."""
         name = check_name(key)
         path = self.layout.entry(name)
+        which = _which(path)
         try:
-            return Manifest.from_bytes(_read_small(path), name)
+            return Manifest.from_bytes(read_small(path, MAX_BYTES), name)
         except VerificationError as error:
-            self.discard(path, str(error))
+            self.discard(path, str(error), which)
         except OSError as error:
             if isinstance(error, StoreError):
                 raise
@@ -163,7 +153,8 @@ class LocalStore:
         return None
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, (Key, str)) and self.peek(key) is not None
+        """Whether there is an entry with all its blobs, which are not read."""
+        return isinstance(key, (Key, str)) and self._whole(check_name(key)) is not None
 
     def keys(self, tag: str | None = None) -> Iterator[str]:
         """All keys, in no order; or those with a tag. Nothing but names is read.
@@ -180,15 +171,24 @@ class LocalStore:
                         yield check_name(name)
         except (FileNotFoundError, NotADirectoryError):
             return
+        except OSError as error:
+            raise StoreError(f"'{folder}' cannot be listed: {error.strerror or error}") from error
 
     def remove(self, key: Key | str) -> bool:
-        """Forget an entry; its blobs stay until they are pruned. Whether there was one."""
-        name = check_name(key)
-        self._prepare()
-        found = durable.remove(self.layout.entry(name))
-        for mark in (self.layout.used / name, self.layout.pins / name):
-            with suppress(OSError):
-                durable.remove(mark)
+        """Forget an entry; its blobs stay until they are pruned. Whether there was one.
+
+        Raises:
+            StoreError: the store is read-only, or cannot be written.
+        """
+        name, layout = check_name(key), self.layout
+        self._check_writable()
+        manifest = self.peek(name)
+        with writing(self.layout):
+            found = durable.remove(layout.entry(name))
+        marks = [layout.used / name, layout.pins / name]
+        marks += [layout.index(tag) / name for tag in (manifest.tags if manifest is not None else ())]
+        for mark in marks:
+            durable.clear(mark)
         return found
 
     def mark_used(self, key: str) -> None:
@@ -197,26 +197,35 @@ class LocalStore:
             with suppress(OSError):
                 durable.touch(self.layout.used / key)
 
-    def discard(self, path: Path, why: str) -> None:
-        """Put a broken file into quarantine, where nothing reads it, and say so."""
+    def discard(self, path: Path, why: str, which: tuple[int, int] | None = None) -> None:
+        """Put a broken file into quarantine, where nothing reads it, and say so.
+
+        Args:
+            path: where it lies.
+            why: a sentence.
+            which: device and inode of the file that is meant: one that has been put in its place since stays.
+        """
         done = "it counts as missing"
-        if not self.read_only:
+        if not self.read_only and which in (None, _which(path)):
+            aside = self.layout.quarantine / f"{path.name}.{secrets.token_hex(4)}"
             with suppress(OSError):
-                durable.make_folder(self.layout.quarantine)
-                os.replace(path, self.layout.quarantine / f"{path.name}.{secrets.token_hex(4)}")  # noqa: PTH105
-                done = "it was put into quarantine, and will be computed again"
+                durable.make_folder(aside.parent)
+                durable.publish(path, aside)
+                if which in (None, _which(aside)):
+                    done = "it was put into quarantine, and will be computed again"
+                else:  # it was replaced at this very moment
+                    durable.publish_once(aside, path)
         warnings.warn(f"{why}; {done}", stacklevel=4)
 
     def _open(self, manifest: Manifest, lease: Lease | None, *, as_tensors: bool) -> Entry | None:
         files, tensors = {}, {}
         for name, blob in manifest.blobs.items():
             path = self.layout.blob(blob.sha256)
-            files[name] = path
+            files[name], which = path, _which(path)
             try:
-                check_size(path, blob)
-                tensors[name] = _checked(path, blob, as_tensors=as_tensors and name.endswith(".safetensors"))
+                tensors[name] = read_blob(path, blob, as_tensors=as_tensors and name.endswith(".safetensors"))
             except (VerificationError, ArtefactError) as error:
-                self.discard(path, f"entry '{manifest.key}': {error}")
+                self.discard(path, f"entry '{manifest.key}': {error}", which)
                 return None
             except (OSError, RuntimeError) as error:
                 if getattr(error, "errno", None) not in _LOST and path.exists():
@@ -224,25 +233,70 @@ class LocalStore:
                 return None
         return Entry(manifest, files, tensors, lease)
 
-    def _publish(self, manifest: Manifest, *, replace: bool, sources: Mapping[str, Any]) -> Manifest:
+    def _write(
+        self, draft: Manifest, sources: Mapping[str, Source], *, replace: bool, compare: frozenset[str] | None
+    ) -> Manifest:
+        """Everything to temporary files first: a full disk is met before any name is given."""
+        if not (self._ready and self.layout.unfinished.is_dir()):
+            make_store(self.layout)
+            self._ready = True
+        check_space(self.layout, sum(size(source) for source in sources.values()))
+        blobs: dict[str, Draft] = {}
+        unfinished = self.layout.new_file()
+        try:
+            for file, source in sources.items():
+                blobs[file] = draft_blob(self.layout, chunks(source))
+            manifest = dataclasses.replace(
+                draft, blobs={file: written.blob for file, written in blobs.items()}, created=time.time()
+            )
+            durable.write_new(unfinished, [manifest.to_bytes()])
+            for written in blobs.values():
+                settle_blob(self.layout, written)
+            there = self._publish(manifest, unfinished, sources, replace=replace)
+        finally:
+            for leftover in (unfinished, *(written.path for written in blobs.values())):
+                durable.clear(leftover)
+        names = manifest.blobs.keys() | there.blobs.keys() if compare is None else compare
+        differs = any(there.blobs.get(name) != manifest.blobs.get(name) for name in names)
+        if differs and there.basis == manifest.basis:
+            self._keep_aside(manifest)
+        return there
+
+    def _publish(
+        self, manifest: Manifest, unfinished: Path, sources: Mapping[str, Source], *, replace: bool
+    ) -> Manifest:
+        """Make the entry exist, its blobs being there.
+
+        Args:
+            manifest: of the entry.
+            unfinished: a temporary file with its bytes.
+            sources: where the blobs came from, for those that pruning takes in this moment.
+            replace: see `put`.
+        """
         path = self.layout.entry(manifest.key)
         durable.make_folder(path.parent)
         for tag in manifest.tags:
-            durable.touch(self.layout.index(tag) / manifest.key)
-        there = None if replace else self._whole(manifest.key)
-        if there is None:
-            unfinished = self.layout.new_file()
-            durable.write_new(unfinished, [manifest.to_bytes()])
-            if replace or path.exists():  # one that has lost its blobs makes room
+            durable.touch(self.layout.index(tag) / manifest.key, lasting=True)
+        there = None
+        for _ in range(_LOOKS):
+            there = None if replace else self._whole(manifest.key)
+            if there is not None:
+                durable.flush_folder(path.parent)  # who has put it there may not have come so far
+                break
+            if not (replace or path.exists()) and durable.publish_once(unfinished, path):
+                break
+            if not unfinished.exists():  # someone else was first, this very moment
+                durable.write_new(unfinished, [manifest.to_bytes()])
+            elif replace or self._whole(manifest.key) is None:  # one that has lost its blobs makes room
                 durable.publish(unfinished, path)
-            else:
-                durable.publish_once(unfinished, path)
-            there = (None if replace else self._whole(manifest.key)) or manifest
-        if there.blobs != manifest.blobs and there.basis == manifest.basis:
-            self._keep_aside(manifest)
-        for file, blob in there.blobs.items():  # pruning may have taken one that nothing named until now
-            if blob in manifest.blobs.values() and not keep_blob(self.layout, blob):
-                write_blob(self.layout, _chunks(sources[file]))
+                break
+        else:
+            raise StoreError(f"the entry '{manifest.key}' is written and removed by others all the time; try again")
+        there = there or manifest
+        origin = {blob: sources[file] for file, blob in manifest.blobs.items()}
+        for blob in there.blobs.values():  # pruning may have taken one that nothing named until now
+            if blob in origin and not keep_blob(self.layout, blob):
+                write_blob(self.layout, chunks(origin[blob]))
         return there
 
     def _whole(self, key: str) -> Manifest | None:
@@ -258,121 +312,26 @@ class LocalStore:
         return manifest
 
     def _keep_aside(self, manifest: Manifest) -> None:
-        content = manifest.to_bytes()
         differing = json.dumps({name: blob.sha256 for name, blob in manifest.blobs.items()}, sort_keys=True).encode()
         path = self.layout.aside / f"{manifest.key}.{checksum(memoryview(differing))[:16]}.json"
         if not path.exists():
             durable.make_folder(path.parent)
-            unfinished = self.layout.new_file()
-            durable.write_new(unfinished, [content])
-            durable.publish(unfinished, path)
+            durable.write_once(self.layout.new_file(), path, manifest.to_bytes())
         warnings.warn(
             f"another result for the entry '{manifest.key}' than the one that is stored: the computation is not "
             f"deterministic on these machines; the first one stays, the other is named in '{path}'",
             stacklevel=4,
         )
 
-    def _prepare(self) -> None:
-        """Make the store's own files, once.
-
-        Raises:
-            StoreError: it is read-only, or cannot be written.
-        """
+    def _check_writable(self) -> None:
         if self.read_only:
             raise StoreError(f"the store '{self.layout.root}' was opened read-only; name another one to write to")
-        if self._ready and self.layout.unfinished.is_dir():
-            return
-        layout = self.layout
-        try:
-            for folder in (layout.entries, layout.blobs, layout.unfinished):
-                durable.make_folder(folder)
-            schema = json.dumps({"schema": SCHEMA}).encode() + b"\n"
-            for path, content in ((layout.tag, _TAG), (layout.schema, schema)):
-                if not path.exists():
-                    unfinished = layout.new_file()
-                    durable.write_new(unfinished, [content], mode=0o644)
-                    durable.publish(unfinished, path)
-        except OSError as error:
-            raise StoreError(f"cannot make the store '{layout.root}': {error.strerror or error}") from error
-        self._ready = True
-
-    def _check_schema(self) -> None:
-        """Refuse what a newer version has made.
-
-        Raises:
-            StoreError: see above; or the root is a file.
-        """
-        root = self.layout.root
-        if root.exists() and not root.is_dir():
-            raise StoreError(f"'{root}' is a file; a store is a folder")
-        try:
-            found = json.loads(_read_small(self.layout.schema)).get("schema")
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError, AttributeError, RecursionError):
-            found = None
-        if found is not None and found != SCHEMA:
-            raise StoreError(
-                f"the store '{root}' has schema {found!r}, but this version knows {SCHEMA}; upgrade smartinit, or name "
-                "another store"
-            )
-
-    def _check_space(self, sources: Mapping[str, Any]) -> None:
-        needed = sum(_size(source) for source in sources.values())
-        free = durable.free_bytes(self.layout.root)
-        if needed + _MARGIN > free:
-            raise StoreError(
-                f"the store '{self.layout.root}' needs {needed / 1e6:,.0f} MB more, but its disk has {free / 1e6:,.0f} "
-                "MB free; free some with `smartinit cache gc`, or name another store"
-            )
 
 
-def _checked(path: Path, blob: Blob, *, as_tensors: bool) -> Mapping[str, torch.Tensor]:
-    """The tensors of a blob (none of another file), after its checksum was found right.
-
-    Raises:
-        VerificationError: it was changed.
-        ArtefactError: it is no safetensors file.
-    """
-    tensors: Mapping[str, torch.Tensor] = {}
-    if as_tensors:
-        from smartinit.formats.tensor_file import map_tensors
-
-        data, tensors = map_tensors(path, blob.size)
-    elif blob.size:
-        with path.open("rb") as file:
-            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    else:
-        data = memoryview(b"")
-    if checksum(data) != blob.xxh3:
-        raise VerificationError(f"'{path}' was changed: its checksum differs")
-    return tensors
-
-
-def _chunks(source: bytes | Path | Mapping[str, torch.Tensor]) -> Iterator[Any]:
-    if isinstance(source, bytes):
-        yield source
-    elif isinstance(source, Path):
-        with source.open("rb") as file:
-            while piece := file.read(1 << 22):
-                yield piece
-    else:
-        from smartinit.formats.tensor_file import tensor_chunks
-
-        yield from tensor_chunks(source)
-
-
-def _size(source: bytes | Path | Mapping[str, torch.Tensor]) -> int:
-    if isinstance(source, bytes):
-        return len(source)
-    if isinstance(source, Path):
-        return source.stat().st_size
-    return sum(tensor.numel() * tensor.element_size() for tensor in source.values() if hasattr(tensor, "numel"))
-
-
-def _read_small(path: Path) -> bytes:
-    with path.open("rb") as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise VerificationError(f"'{path}' is longer than any manifest")
-    return content
+def _which(path: Path) -> tuple[int, int] | None:
+    """Device and inode of the file that has a name now; None: no file."""
+    try:
+        state = path.lstat()
+    except OSError:
+        return None
+    return state.st_dev, state.st_ino
