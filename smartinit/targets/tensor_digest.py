@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from smartinit.errors import ModelError
 from smartinit.formats.safetensors_header import content_head
+from smartinit.formats.tensor_file import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,27 +22,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PIECE = 1 << 23  # bytes that are copied at once: small beside any model, large beside the cost of a call
-_NAMES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.uint16: "U16",
-    torch.int16: "I16",
-    torch.uint32: "U32",
-    torch.int32: "I32",
-    torch.uint64: "U64",
-    torch.int64: "I64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-    getattr(torch, "float8_e8m0fnu", None): "F8_E8M0",  # since torch 2.7
-}
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 
 
@@ -73,7 +53,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 def dtype_name(dtype: torch.dtype) -> str:
     """As safetensors names it; torch's own name where that has none."""
-    return _NAMES.get(dtype) or str(dtype).removeprefix("torch.")
+    return DTYPES.get(dtype) or str(dtype).removeprefix("torch.")
 
 
 def without_numbers(tensor: torch.Tensor) -> str:

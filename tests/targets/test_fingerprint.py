@@ -418,6 +418,30 @@ def test_shared_weights_are_hashed_once_and_stand_under_all_names(tiny_llama, mo
     assert len(found) - len(hashed) == 1 + 3  # the head and three matrices
 
 
+def test_two_parameters_in_one_memory(monkeypatch):
+    from smartinit.targets import fingerprint
+
+    hashed = []
+    monkeypatch.setattr(fingerprint, "tensor_digest", lambda tensor: hashed.append(tensor) or tensor_digest(tensor))
+    model = nn.Module()
+    model.one = nn.Parameter(torch.arange(6.0).reshape(2, 3))
+    model.same = nn.Parameter(model.one.detach())
+    model.turned = nn.Parameter(model.one.detach().T)
+    model.part = nn.Parameter(model.one.detach()[:1])
+    model.bits = nn.Parameter(model.one.detach().view(torch.int32), requires_grad=False)
+    found = model_fingerprint(model, threads=1).tensors
+    assert (len(hashed), found["same"]) == (4, found["one"])
+    assert len(set(found.values())) == 4
+
+
+def test_the_class_of_a_module_counts():
+    def root(*inner):
+        return model_fingerprint(nn.Sequential(*inner)).root
+
+    assert root(nn.Tanh()) == root(nn.Tanh()) != root(nn.Sigmoid())
+    assert root(nn.Tanh(), nn.Sigmoid()) != root(nn.Sigmoid(), nn.Tanh())
+
+
 def test_a_module_that_holds_its_own_holder_ends():
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].owner = model
