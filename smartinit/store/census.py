@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from smartinit.errors import StoreError, VerificationError
 from smartinit.store.keys import check_name
 from smartinit.store.manifest import MAX_BYTES, Manifest
+from smartinit.store.regular import read_small
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 GONE = frozenset({errno.ENOENT, errno.ESTALE, errno.ENOTDIR})
 """What an operating system says of a file that someone has just removed."""
 _SUFFIX = ".json"
-_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 class Counted(NamedTuple):
@@ -135,17 +133,9 @@ def read_manifest(path: Path, key: str) -> tuple[Manifest, int]:
     """A manifest and its bytes.
 
     Raises:
-        VerificationError: it was changed.
+        VerificationError: it was changed, or is no regular file.
         StoreError: it is of a newer version.
-        OSError: it cannot be read, or is no regular file.
+        OSError: it cannot be read.
     """
-    descriptor = os.open(path, _FLAGS)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "no regular file", str(path))
-        with open(descriptor, "rb", closefd=False) as file:
-            content = file.read(MAX_BYTES + 1)
-    finally:
-        with suppress(OSError):
-            os.close(descriptor)
+    content = read_small(path, MAX_BYTES)
     return Manifest.from_bytes(content, key), len(content)
