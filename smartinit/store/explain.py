@@ -83,12 +83,12 @@ def keyed(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recent(store: Store, kind: str) -> Iterator[Manifest]:
-    """Manifests of a kind, the last used first, at most `MOST`.
+    """Manifests of a kind in the first store (no other one is asked), the last used first, at most `MOST`.
 
     If entries were tagged with their kind, only these are looked at; else `MOST` of all kinds.
     """
-    tagged = next(store.keys(kind), None) is not None if kind else False
-    wanted = set(store.keys(kind)) if tagged else None
+    tagged = next(store.local.keys(kind), None) is not None if kind else False
+    wanted = set(store.local.keys(kind)) if tagged else None
     layout = store.local.layout
     times = _times(layout.used, "")
     if wanted is None:  # an entry that was never read has only the time at which it was written
@@ -97,7 +97,7 @@ def recent(store: Store, kind: str) -> Iterator[Manifest]:
         times = {key: times.get(key, 0.0) for key in wanted}
     for key in heapq.nlargest(MOST, times, key=times.__getitem__):
         with suppress(ConfigError):
-            manifest = store.peek(key)
+            manifest = store.local.peek(key)
             if manifest is not None and manifest.kind == kind:
                 yield manifest
 
