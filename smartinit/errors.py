@@ -94,3 +94,9 @@ class ArtefactError(SmartinitError, ValueError):
 
 class VerificationError(SmartinitError, ValueError):
     """A stored result that its own recomputation contradicts."""
+
+
+def shown(value: object, most: int = 120) -> str:
+    """A value as part of a message: on one line, not long, and without anything that a terminal would obey."""
+    text = repr(value[: most + 1]) if isinstance(value, (str, bytes)) else repr(value)
+    return text if len(text) <= most else f"{text[:most]}…"
