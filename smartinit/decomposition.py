@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from zlib import crc32
 
 from tqdm import tqdm
@@ -23,6 +23,18 @@ if TYPE_CHECKING:
 
 # Layers of one shape that go to a method in one call: enough to fill a device, few enough to show progress.
 _TOGETHER = 8
+
+
+class KeptSpectra(Protocol):
+    """Spectra that outlive the process."""
+
+    def find(self, job: Job, target: Target, observed: Observed, limit: int) -> Spectrum | None:
+        """Of one layer, with at least ``limit`` directions if there can be as many; None: it must be computed."""
+        ...
+
+    def keep(self, job: Job, target: Target, observed: Observed, limit: int, spectrum: Spectrum) -> None:
+        """Take one that was computed."""
+        ...
 
 
 @dataclass
@@ -44,13 +56,18 @@ def layer_seed(seed: int, name: str) -> int:
 
 
 def decompose(
-    jobs: Sequence[Job], observed: Observed, *, seed: int = 0, show_progress_bar: bool = True
+    jobs: Sequence[Job],
+    observed: Observed,
+    *,
+    seed: int = 0,
+    show_progress_bar: bool = True,
+    kept: KeptSpectra | None = None,
 ) -> list[Decomposed]:
     """Spectra by target name, one `Decomposed` per job.
 
     Jobs of one method share the costly part: it is done once, for the most directions that any of them wants, and
     cut for each. Layers of one shape go to the method together, and weights that several layers share are
-    decomposed once.
+    decomposed once. What ``kept`` has is taken from there, and the others are given to it as they are found.
 
     Raises:
         ModelError: a weight that cannot be read, or holds NaN or Inf.
@@ -73,7 +90,7 @@ def decompose(
                 for name, count in wanted[i].items():
                     most[name] = max(count, most.get(name, 0))
             whole: dict[str, Spectrum] = {}
-            for names, spectra in _computed(jobs[members[0]], members, jobs, observed, most, seed):
+            for names, spectra in _computed(jobs[members[0]], members, jobs, observed, most, seed, kept):
                 whole.update(dict.fromkeys(names, spectra))
                 progress.update(len(names))
             shapes = {t.name: t.shape for i in members for t in jobs[i].targets}
@@ -101,7 +118,13 @@ def _wanted(job: Job, observed: Observed) -> dict[str, int]:
 
 
 def _computed(
-    job: Job, members: Sequence[int], jobs: Sequence[Job], observed: Observed, limits: Mapping[str, int], seed: int
+    job: Job,
+    members: Sequence[int],
+    jobs: Sequence[Job],
+    observed: Observed,
+    limits: Mapping[str, int],
+    seed: int,
+    kept: KeptSpectra | None,
 ) -> Iterator[tuple[list[str], Spectrum]]:
     """Names that share a spectrum, and the spectrum."""
     method = job.method
@@ -112,6 +135,10 @@ def _computed(
     batches: dict[Any, list[list[Target]]] = {}
     for same in alike.values():
         limit = max(limits[t.name] for t in same)
+        spectrum = None if kept is None else kept.find(job, same[0], observed, limit)
+        if spectrum is not None:
+            yield [t.name for t in same], spectrum
+            continue
         kind = (same[0].host, same[0].device, same[0].dtype)
         batches.setdefault((same[0].shape, limit, kind), []).append(same)
     for (shape, limit, (host, _, _)), group in batches.items():
@@ -130,6 +157,8 @@ def _computed(
                     seeds=[layer_seed(seed, t.name) for t in leaders],
                 )
             for same, spectrum in zip(some, spectra, strict=True):
+                if kept is not None:
+                    kept.keep(job, same[0], observed, limit, spectrum)
                 yield [t.name for t in same], spectrum
 
 

@@ -21,6 +21,7 @@ from smartinit.targets.names import match_names
 from smartinit.targets.patterns import alpha_for, rank_for
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable, Mapping
 
     from torch import nn
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from smartinit.activations.rows import ForwardFn, PrepareLayerInputs, PrepareModelInputs
     from smartinit.adapters.host import Host
     from smartinit.planning.plan import Plan
+    from smartinit.store import Store
 
 
 def get_eva_state_dict(
@@ -42,6 +44,8 @@ def get_eva_state_dict(
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
+    *,
+    store: Store | str | os.PathLike[str] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Principal directions of every target layer's input, as many as its share of the rank budget.
 
@@ -57,6 +61,7 @@ def get_eva_state_dict(
         adapter_name: which configuration of a wrapped model.
         gather_distributed_inputs: with several ranks, merge what they saw.
         show_progress_bar: on stderr.
+        store: see `smartinit.compute`.
 
     Returns:
         Module name -> ``(rank, in_features)`` with orthonormal rows, in model order, on the model's device; rank 0 is
@@ -88,6 +93,7 @@ def get_eva_state_dict(
         gather_distributed_inputs=gather_distributed_inputs,
         show_progress_bar=show_progress_bar,
         none_means="all",
+        store=store,
     )
     prefix = host.prefix if host else ""
     device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
@@ -111,6 +117,8 @@ def initialize_lora_eva_weights(
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
+    *,
+    store: Store | str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Compute EVA's directions, unless they are given, and write them into an adapter (see `write_factors`).
 
@@ -125,6 +133,7 @@ def initialize_lora_eva_weights(
         adapter_name: which adapter.
         gather_distributed_inputs: see `get_eva_state_dict`.
         show_progress_bar: see `get_eva_state_dict`.
+        store: see `smartinit.compute`.
 
     Returns:
         ``model``. After an error it is as it was.
@@ -161,6 +170,7 @@ def initialize_lora_eva_weights(
             adapter_name=adapter_name,
             gather_distributed_inputs=gather_distributed_inputs,
             show_progress_bar=show_progress_bar,
+            store=store,
         )
     factors, plan = _as_factors(host, LoraConfig.from_any(config), eva_state_dict, adapter_name)
     return write_factors(model, factors, plan, adapter_name)

@@ -34,7 +34,7 @@ LossFn = Callable[[Any, Any], Tensor]
 """``(output, batch)`` to a scalar."""
 
 # LoRA-GA takes twice as many singular triplets as it has ranks.
-_TRIPLETS_PER_RANK = 2
+TRIPLETS_PER_RANK = 2
 _MASKED = -100
 # Residual of the directions with which a pass began; those with which it ends miss about its fourth power of the
 # energy: 5e-4 at most.
@@ -130,7 +130,7 @@ def collect_gradients(
             target.name: GradientSketch(
                 target.out_features,
                 target.in_features,
-                _TRIPLETS_PER_RANK * components[target.name],
+                TRIPLETS_PER_RANK * components[target.name],
                 seed=seed,
                 device=target.device if target.device.type != "meta" else device,
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +44,7 @@ class Observed:
         bad_batches: indices of batches skipped for NaN or Inf.
         seconds: wall time of the passes.
         settled: names of leaders of sites that reached ``tau``.
+        absent: targets that are known not to run on these data.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -53,6 +54,7 @@ class Observed:
     bad_batches: list[int] = field(default_factory=list)
     seconds: float = 0.0
     settled: set[str] = field(default_factory=set)
+    absent: set[str] = field(default_factory=set)
 
     @property
     def site_of(self) -> dict[str, Site]:
@@ -81,6 +83,7 @@ def observe(
     skip_bad_batches: bool,
     merge_ranks: bool,
     files: CordaFiles | None = None,
+    known: Observed | None = None,
     **capture_options: Any,  # noqa: ANN401 - handed on to Capture
 ) -> Observed:
     """Run the data through the model once for all activations and, if a method needs them, once for gradients.
@@ -96,6 +99,7 @@ def observe(
         skip_bad_batches: count and skip batches with NaN or Inf.
         merge_ranks: with several ranks, merge their statistics.
         files: where second moments may lie already, and are kept.
+        known: statistics that are there already; only the other targets are looked at.
         capture_options: see `smartinit.activations.capture.Capture`.
 
     Raises:
@@ -111,7 +115,7 @@ def observe(
             job = hungry[0]
             what = "gradients" if job.method.needs == "gradients" else "activations"
             raise ConfigError(f"the method '{job.method.name}' needs {what}: pass a dataloader")
-    out = Observed()
+    out = _begun(known)
     reading = [job for job in hungry if job.method.needs in _ACTIVATIONS]
     learning = [job for job in hungry if job.method.needs == "gradients"]
     if reading and learning and iter(dataloader) is dataloader:
@@ -119,17 +123,20 @@ def observe(
             "activations and gradients take one pass over the data each, and this dataloader can be iterated only "
             "once; pass a list or a DataLoader, or compute the methods one after the other"
         )
-    known = None if files is None else files.sites(target.name for target in _union(reading))
-    if known is not None:
-        out.sites = known
-    elif reading:
+    in_file = None if files is None else files.sites(target.name for target in _union(reading))
+    there = out.site_of.keys() | out.absent
+    unread = [target for target in _union(reading) if target.name not in there]
+    if in_file is not None:
+        out.sites = in_file
+    elif unread:
         wants_matrix = any(job.method.needs == "covariance" for job in reading)
+        before = list(out.sites)
         collected = collect(
             model,
-            _union(reading),
+            unread,
             dataloader,
             _most(job.request.components for job in reading),
-            demand=lambda sites: _most(job.request.demand(sites) for job in reading),
+            demand=lambda sites: _most(job.request.demand([*before, *sites]) for job in reading),
             tau=_NEVER if wants_matrix else max(job.request.eva.tau for job in reading),
             centred=any(job.method.centred for job in reading),
             matrices=wants_matrix,
@@ -141,18 +148,22 @@ def observe(
             show_progress_bar=show_progress_bar,
             **capture_options,
         )
-        out.sites, out.batches, out.tokens = collected.sites, collected.batches, collected.tokens
-        out.bad_batches, out.seconds, out.settled = collected.bad_batches, collected.seconds, collected.settled
+        out.sites = [*before, *collected.sites]
+        out.batches, out.tokens = collected.batches, collected.tokens
+        out.bad_batches, out.seconds = collected.bad_batches, collected.seconds
+        out.settled |= collected.settled
         if files is not None:
             files.keep_sites(out.sites)
     for job in reading:
         _check_rows(job, out.site_of)
-    if learning:
+    there = out.gradients.keys() | out.absent
+    unlearnt = [target for target in _union(learning) if target.name not in there]
+    if unlearnt:
         from smartinit.gradients import collect_gradients
 
         sketched = collect_gradients(
             model,
-            _union(learning),
+            unlearnt,
             dataloader,
             _most(job.request.components for job in learning),
             loss_fn=loss_fn,
@@ -163,11 +174,18 @@ def observe(
             seed=seed,
             show_progress_bar=show_progress_bar,
         )
-        out.gradients = sketched.sketches
+        out.gradients = {**out.gradients, **sketched.sketches}
         out.seconds += sketched.seconds
         if not reading:
             out.batches, out.tokens, out.bad_batches = sketched.batches, sketched.tokens, sketched.bad_batches
     return out
+
+
+def _begun(known: Observed | None) -> Observed:
+    """What is known already, to be added to."""
+    if known is None:
+        return Observed()
+    return replace(known, sites=list(known.sites), settled=set(known.settled))
 
 
 def _one_mask(jobs: Sequence[Job]) -> LoraConfig:

@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
-import platform
-import time
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-import transformers
-
-import smartinit
-from smartinit.activations.forward import unwrap
 from smartinit.activations.rows import (
     forward_fn_dict,
     prepare_layer_inputs_fn_language_modeling,
     prepare_model_inputs_fn_language_modeling,
 )
-from smartinit.artefact import Artefact
-from smartinit.corda_files import CordaFiles
-from smartinit.decomposition import Decomposed, decompose
+from smartinit.computation import compute_fresh
 from smartinit.errors import ConfigError
 from smartinit.initialisation import resolve_config, resolve_method
 from smartinit.job import Job
-from smartinit.layer_start import LayerStarts
 from smartinit.methods import available_methods
-from smartinit.observation import Observed, observe
 from smartinit.planning.limits import Limits
 from smartinit.rank_request import RankRequest
-from smartinit.recipe import Recipe
+from smartinit.reuse.flow import compute_or_reuse
+from smartinit.run_options import Options
+from smartinit.store.store import as_store
 from smartinit.targets.select import check_ranks, select_targets
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor, nn
 
     from smartinit.activations.rows import ForwardFn, PrepareLayerInputs, PrepareModelInputs
+    from smartinit.artefact import Artefact
     from smartinit.methods.base import Method
     from smartinit.rank_request import Planner
-    from smartinit.spectrum import Spectrum
+    from smartinit.store import Store
+    from smartinit.targets.fingerprint import ModelFingerprint
 
 
 def compute(
@@ -47,7 +40,9 @@ def compute(
     config: Any = None,  # noqa: ANN401 - a LoraConfig of ours or PEFT's, or a dict
     dataloader: Iterable[Any] | None = None,
     *,
-    store: None = None,
+    store: Store | str | os.PathLike[str] | None = None,
+    refresh: bool = False,
+    fingerprint: ModelFingerprint | None = None,
     max_batches: int | None = None,
     planner: Planner | None = None,
     budget: int | None = None,
@@ -78,7 +73,12 @@ def compute(
         config: what to adapt and how it starts; None on a wrapped model: that of ``adapter_name``.
         dataloader: batches for the forward pass, iterated once; by methods that read gradients up to three times (a
             generator once, which is less exact); not read by methods that need no data.
-        store: reserved; must be None.
+        store: where results are kept: a `smartinit.Store`, or its folder or URL. What is there is not computed again;
+            ``artefact.provenance["store"]`` says what was. It needs data that can be iterated twice, and does not
+            change a result but for what a larger request has left there, which is at least as exact.
+        refresh: compute in any case, and let the results take the place of those in the store.
+        fingerprint: of the model, if it is known: the weights are not read for it then, and need not even be there
+            (a model on the meta device will do) as long as everything else is in the store.
         max_batches: bound on forward passes; None: one pass over the data. Layers stop paying when they settle.
         planner: ``"variance"`` redistributes ranks by explained variance, ``"uniform"`` keeps those asked for; None:
             what the method's authors do, which is uniform but for EVA.
@@ -109,6 +109,7 @@ def compute(
     Raises:
         ConfigError: options that cannot be, targets that match nothing, ranks above ``min(in, out)``.
         DataError: no data, too few tokens, or (as `NonFiniteError`) NaN in a layer's input.
+        NotStoredError: the model has no weights, and they are needed.
 
     Cost: one forward pass per batch plus ``4 d q`` flops per token and site (EVA, q ≈ 2·rank·rho), or ``d²`` (methods
     that read second moments); then each method's own, see `smartinit.methods`.
@@ -123,6 +124,9 @@ def compute(
         adapter_name=adapter_name,
         merge_ranks=gather_distributed_inputs,
         none_means=none_means,
+        store=as_store(store),
+        refresh=refresh,
+        fingerprint=fingerprint,
         provenance=provenance or {},
         show_progress_bar=show_progress_bar,
         loss_fn=loss_fn,
@@ -132,7 +136,7 @@ def compute(
             "prepare_layer_inputs_fn": prepare_layer_inputs_fn,
         },
     )
-    return _run(model, [(config, method)], dataloader, store, options)[0]
+    return _run(model, [(config, method)], dataloader, options)[0]
 
 
 def compute_many(
@@ -140,7 +144,9 @@ def compute_many(
     requests: Sequence[Any],
     dataloader: Iterable[Any] | None = None,
     *,
-    store: None = None,
+    store: Store | str | os.PathLike[str] | None = None,
+    refresh: bool = False,
+    fingerprint: ModelFingerprint | None = None,
     max_batches: int | None = None,
     seed: int = 0,
     skip_bad_batches: bool = False,
@@ -162,6 +168,8 @@ def compute_many(
             held-out rows, as the moments are not kept in halves).
         dataloader: iterated once for activations, and up to three times more if a method reads gradients.
         store: see `compute`.
+        refresh: see `compute`.
+        fingerprint: see `compute`.
         max_batches: see `compute`.
         seed: see `compute`.
         skip_bad_batches: see `compute`.
@@ -184,6 +192,9 @@ def compute_many(
         max_batches=max_batches,
         seed=seed,
         skip_bad_batches=skip_bad_batches,
+        store=as_store(store),
+        refresh=refresh,
+        fingerprint=fingerprint,
         provenance=provenance or {},
         show_progress_bar=show_progress_bar,
         loss_fn=loss_fn,
@@ -196,37 +207,15 @@ def compute_many(
     pairs = [one if isinstance(one, tuple) else (one, None) for one in requests]
     if not pairs:
         raise ConfigError("compute_many got no requests; give at least one configuration")
-    return _run(model, pairs, dataloader, store, options)
-
-
-@dataclass(frozen=True)
-class Options:
-    """The arguments of `compute` that are the same for all requests."""
-
-    capture: Mapping[str, Any]
-    max_batches: int | None = None
-    planner: Planner | None = None
-    limits: Limits = field(default_factory=Limits)
-    captured: float | None = None
-    seed: int = 0
-    skip_bad_batches: bool = False
-    adapter_name: str = "default"
-    merge_ranks: bool = True
-    none_means: Literal["defaults", "all"] = "defaults"
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    show_progress_bar: bool = True
-    loss_fn: Callable[[Any, Any], Tensor] | None = None
+    return _run(model, pairs, dataloader, options)
 
 
 def _run(
     model: nn.Module,
     pairs: Sequence[tuple[Any, str | Method | None]],
     dataloader: Iterable[Any] | None,
-    store: None,
     options: Options,
 ) -> list[Artefact]:
-    if store is not None:
-        raise ConfigError("store is not supported yet: pass store=None and save the artefact to a folder")
     jobs = [_job(model, config, method, options) for config, method in pairs]
     return compute_jobs(model, jobs, dataloader, options)
 
@@ -237,43 +226,9 @@ def compute_jobs(
     """The artefact of each job, once it is known of which layers; see `compute` for what is raised."""
     if options.max_batches is not None and options.max_batches < 1:
         raise ConfigError(f"max_batches={options.max_batches}: expected at least 1")
-    files = CordaFiles.of(model, jobs, dataloader, options.max_batches)
-    cached = None if files is None else files.spectra()
-    observed = (
-        Observed()
-        if cached is not None
-        else observe(
-            model,
-            jobs,
-            dataloader,
-            loss_fn=options.loss_fn,
-            max_batches=options.max_batches,
-            seed=options.seed,
-            show_progress_bar=options.show_progress_bar,
-            skip_bad_batches=options.skip_bad_batches,
-            merge_ranks=options.merge_ranks,
-            files=files,
-            **options.capture,
-        )
-    )
-    if cached is not None:
-        decomposed = [Decomposed(cached)]
-    else:
-        decomposed = decompose(jobs, observed, seed=options.seed, show_progress_bar=options.show_progress_bar)
-        if files is not None:
-            files.keep_spectra(decomposed[0].spectra)
-    starts = LayerStarts(observed, seed=options.seed)
-    artefacts = []
-    for job, found in zip(jobs, decomposed, strict=True):
-        started = time.perf_counter()
-        artefact = _artefact(model, job, found.spectra, observed, starts, options)
-        timings = {
-            "activations": observed.seconds,
-            "spectra": found.seconds,
-            "factors": time.perf_counter() - started,
-        }
-        artefacts.append(replace(artefact, timings=timings))
-    return artefacts
+    if options.store is None:
+        return compute_fresh(model, jobs, dataloader, options)
+    return compute_or_reuse(model, jobs, dataloader, options)
 
 
 def _job(model: nn.Module, config: Any, method: str | Method | None, options: Options) -> Job:  # noqa: ANN401
@@ -297,66 +252,3 @@ def _job(model: nn.Module, config: Any, method: str | Method | None, options: Op
     request = RankRequest(targets, lora, planner, options.limits, options.captured)
     request.check()
     return Job(chosen, request, targets)
-
-
-def _artefact(
-    model: nn.Module,
-    job: Job,
-    spectra: Mapping[str, Spectrum],
-    observed: Observed,
-    starts: LayerStarts,
-    options: Options,
-) -> Artefact:
-    """The cheap half: ranks, then factors."""
-    lora = job.request.config
-    plan = job.request.plan({name: spectrum.ratios.tolist() for name, spectrum in spectra.items()})
-    factors, layers = {}, {}
-    for target in job.targets:
-        factors[target.name], layers[target.name] = starts.of(job, target, plan, spectra.get(target.name))
-    recipe = Recipe(
-        method=job.method.name,
-        options=job.method.options(),
-        planner=job.request.as_options(),
-        targets=tuple(factors),
-        sampling={
-            "max_batches": options.max_batches,
-            "tau": job.request.eva.tau,
-            "skip_bad_batches": options.skip_bad_batches,
-        },
-        numerics={"algorithm": "nystrom-1", "state": "float32", "small": "float64"},
-        seed=options.seed,
-        version=smartinit.__version__,
-    )
-    return Artefact(
-        recipe=recipe,
-        plan=plan,
-        config=lora,
-        factors=factors,
-        layers=layers,
-        sites=tuple(tuple(site.names) for site in observed.sites) if job.method.needs is not None else (),
-        provenance=_provenance(model, observed, options.provenance),
-        timings={},
-    )
-
-
-def _provenance(model: nn.Module, observed: Observed, extra: Mapping[str, Any] | None) -> dict[str, Any]:
-    inner = unwrap(model)
-    parameter = next(iter(inner.parameters()), None)
-    return {
-        "model": getattr(getattr(inner, "config", None), "name_or_path", None) or type(inner).__name__,
-        "model_class": type(inner).__name__,
-        "dtype": None if parameter is None else str(parameter.dtype).removeprefix("torch."),
-        "device": None if parameter is None else parameter.device.type,
-        "batches": observed.batches,
-        "bad_batches": list(observed.bad_batches),
-        "tokens": observed.tokens,
-        "tokens_per_second": round(observed.tokens / observed.seconds, 1) if observed.seconds else None,
-        "sites_settled": len(observed.settled),
-        "versions": {
-            "smartinit": smartinit.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        **(extra or {}),
-    }

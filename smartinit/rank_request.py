@@ -90,6 +90,10 @@ class RankRequest:
         """The EVA options; their defaults when the configuration has none (its method is another)."""
         return self.config.eva_config or EvaConfig()
 
+    def alpha(self, name: str) -> float:
+        """The alpha asked for at one target."""
+        return alpha_for(self.config, name)
+
     def candidates_at(self, site: Site) -> dict[str, int]:
         """Target -> directions with which it competes at a site: all with as many as the most, as in PEFT."""
         names = [name for name in site.names if name in self.candidates]
@@ -145,7 +149,7 @@ class RankRequest:
         return plan_with_alphas(
             {n: ranks[n] if n in ranks else self.limits.ceiling(self.asked[n]) * free for n in self.asked},
             self.asked,
-            {t.name: alpha_for(self.config, t.name) for t in self.targets},
+            {t.name: self.alpha(t.name) for t in self.targets},
             use_rslora=self.config.use_rslora,
             adjust=self.eva.adjust_scaling_factors,
         )

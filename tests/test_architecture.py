@@ -54,7 +54,7 @@ TIERS = (
     tier("streaming distributed", 0, 1, 2, 3, 4, 5, 6),
     tier(
         "pipeline collect corda_files decomposition gradients initialisation job layer_start observation "
-        "quantised rank_request eva megatron training_record",
+        "quantised rank_request run_options assembly computation reuse eva megatron training_record",
         0,
         1,
         2,

@@ -387,7 +387,6 @@ class TestBadInput:
             (dict(planner="magic"), "planner='magic'"),
             (dict(max_batches=0), "max_batches=0"),
             (dict(budget=0), "budget=0"),
-            (dict(store="cache"), "store is not supported"),
         ):
             with pytest.raises(ConfigError, match=text):
                 compute(tiny_llama(), config(), batches(), **options, **SETTINGS)

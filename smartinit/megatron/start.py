@@ -25,7 +25,8 @@ from smartinit.megatron.agreement import everyone
 from smartinit.megatron.ear import listening
 from smartinit.methods import available_methods
 from smartinit.methods.base import Method
-from smartinit.pipeline import Options, compute_jobs
+from smartinit.pipeline import compute_jobs
+from smartinit.run_options import Options
 from smartinit.planning.limits import Limits
 from smartinit.rank_request import RankRequest
 from smartinit.targets.select import check_ranks

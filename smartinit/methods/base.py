@@ -42,6 +42,7 @@ class Method(ABC):
         trains: which of the two matrices are trained.
         ranked: see `has_shares`.
         nested: whether the spectrum for few directions is the start of that for many.
+        random: whether another seed gives another start, beyond round-off.
     """
 
     name: ClassVar[str]
@@ -55,6 +56,7 @@ class Method(ABC):
     planner: ClassVar[Literal["variance", "uniform"]] = "uniform"
     trains: ClassVar[Trains] = "both"
     nested: ClassVar[bool] = True
+    random: ClassVar[bool] = False
     ranked: ClassVar[bool] = False
 
     @abstractmethod

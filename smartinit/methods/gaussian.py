@@ -32,6 +32,7 @@ class Gaussian(Method):
     summary: ClassVar[str] = "normal noise of deviation 1/r and zeros"
     source: ClassVar[str] = "arXiv 2106.09685, sec. 4.1; deviation as in PEFT"
     hosts: ClassVar[Hosts] = ALL_HOSTS
+    random: ClassVar[bool] = True
 
     def spectrum(
         self, weight: Tensor | None, statistic: object, limit: int, shape: tuple[int, int], *, seed: int = 0

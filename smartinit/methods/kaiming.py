@@ -34,6 +34,7 @@ class Kaiming(Method):
     summary: ClassVar[str] = "LoRA's own: uniform noise and zeros"
     source: ClassVar[str] = "arXiv 2106.09685, sec. 4.1; arXiv 1502.01852, eq. 10"
     hosts: ClassVar[Hosts] = ALL_HOSTS
+    random: ClassVar[bool] = True
 
     def spectrum(
         self, weight: Tensor | None, statistic: object, limit: int, shape: tuple[int, int], *, seed: int = 0
@@ -80,6 +81,7 @@ class Random(Method):
     source: ClassVar[str] = "PEFT, init_lora_weights=False; arXiv 1502.01852, eq. 10"
     effect: ClassVar[Effect] = "shifts"
     hosts: ClassVar[Hosts] = ALL_HOSTS
+    random: ClassVar[bool] = True
 
     def spectrum(
         self, weight: Tensor | None, statistic: object, limit: int, shape: tuple[int, int], *, seed: int = 0

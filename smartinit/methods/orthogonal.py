@@ -37,6 +37,7 @@ class Orthogonal(Method):
     summary: ClassVar[str] = "noise in both matrices whose product is zero"
     source: ClassVar[str] = "datta0.github.io/posts/rethink-lora-init, 'Orthogonal initialisation'; PEFT"
     hosts: ClassVar[Hosts] = ALL_HOSTS
+    random: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""

@@ -1,0 +1,103 @@
+"""What a computation depends on besides its request and its data: the model, the caller's functions, the numerics."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from smartinit.activations.data_digest import callable_key
+from smartinit.activations.rows import label_mask_options
+from smartinit.targets.fingerprint import model_fingerprint
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from smartinit.job import Job
+    from smartinit.run_options import Options
+
+ALGORITHM = 1
+"""Of statistics, spectra and factors; raised whenever a change of the package changes a result."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Of one call.
+
+    Attributes:
+        root: digest of the model.
+        tensors: name -> digest.
+        functions: name -> what identifies a function; None where nothing does.
+        seed: of the call.
+        skip_bad_batches: of the call.
+    """
+
+    root: str
+    tensors: Mapping[str, str]
+    functions: Mapping[str, Any]
+    seed: int
+    skip_bad_batches: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, options: Options) -> Identity:
+        """Cost: one read of the model's weights, unless their fingerprint is given.
+
+        Raises:
+            ModelError: a model without values, and no fingerprint.
+        """
+        fingerprint = model_fingerprint(model) if options.fingerprint is None else options.fingerprint
+        functions = {**options.capture, "loss_fn": options.loss_fn}
+        return cls(
+            fingerprint.root,
+            fingerprint.tensors,
+            {name: _function_key(value) for name, value in functions.items()},
+            options.seed,
+            options.skip_bad_batches,
+        )
+
+    @property
+    def unknown_function(self) -> str | None:
+        """The name of an argument whose function nothing identifies."""
+        return next((name for name, key in self.functions.items() if not _known(key)), None)
+
+    def policy(self, job: Job) -> dict[str, Any]:
+        """Everything but the data that the statistics of a job depend on, as leaves of a key."""
+        return {
+            "algorithm": ALGORITHM,
+            "model": self.root,
+            "functions": self.functions,
+            "labels": label_mask_options(job.request.config),
+            "skip_bad_batches": self.skip_bad_batches,
+            "seed": self.seed,
+            "numerics": numerics(),
+        }
+
+
+def numerics() -> dict[str, Any]:
+    """Settings of torch under which a forward pass gives other numbers."""
+    autocast = str(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else None
+    if torch.cuda.is_available() and torch.is_autocast_enabled("cuda"):
+        autocast = str(torch.get_autocast_dtype("cuda"))
+    return {"autocast": autocast, "float32_products": torch.get_float32_matmul_precision()}
+
+
+def warn_of_unknown(name: str) -> None:
+    """Say why nothing is kept."""
+    warnings.warn(
+        f"{name} is a function of your own, and nothing says when it changes: the store is not used for what depends "
+        f"on it; give it an attribute store_key='…' that you change with it",
+        stacklevel=6,
+    )
+
+
+def _function_key(value: Any) -> object:  # noqa: ANN401 - a function, None, or a mapping of functions
+    if isinstance(value, Mapping):
+        return {str(name): callable_key(function) for name, function in value.items()}
+    return callable_key(value)
+
+
+def _known(key: object) -> bool:
+    return all(value is not None for value in key.values()) if isinstance(key, Mapping) else key is not None

@@ -1,0 +1,101 @@
+"""A store that never stops a computation: what cannot be read is missing, what cannot be written is not kept."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from smartinit.errors import StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    import torch
+
+    from smartinit.store import Key, Store
+    from smartinit.store.entry import Entry
+    from smartinit.store.manifest import Manifest
+
+LOG = logging.getLogger("smartinit.store")
+
+
+class Keeper:
+    """A store in the hands of one computation.
+
+    Args:
+        store: itself.
+        writes: whether this process writes; of several ranks one does.
+        replace: whether results that are there make room (a refresh).
+    """
+
+    def __init__(self, store: Store, *, writes: bool, replace: bool = False) -> None:
+        self.store = store
+        self._writes = writes and not store.local.read_only
+        self._replace = replace
+        self._warned = False
+
+    def peek(self, key: Key) -> Manifest | None:
+        """See `Store.peek`."""
+        try:
+            return self.store.peek(key)
+        except StoreError as error:
+            self._warn(error)
+            return None
+
+    def get(self, key: Key) -> Entry | None:
+        """See `Store.get`."""
+        try:
+            return self.store.get(key)
+        except StoreError as error:
+            self._warn(error)
+            return None
+
+    def keys(self, tag: str) -> list[str]:
+        """See `Store.keys`."""
+        try:
+            return sorted(self.store.keys(tag))
+        except (StoreError, OSError) as error:
+            self._warn(error)
+            return []
+
+    def put(
+        self,
+        key: Key,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        meta: Mapping[str, Any] | None = None,
+        *,
+        files: Mapping[str, bytes | Path] | None = None,
+        tags: Iterable[str] = (),
+        basis: str = "",
+        replace: bool = False,
+        compare: Iterable[str] | None = None,
+    ) -> Manifest | None:
+        """See `LocalStore.put`; None where nothing was written.
+
+        Warns:
+            UserWarning: once, if the store cannot be written.
+        """
+        if not self._writes:
+            return None
+        try:
+            return self.store.put(
+                key,
+                tensors or None,
+                meta,
+                files=files,
+                tags=tags,
+                basis=basis,
+                replace=replace or self._replace,
+                compare=compare,
+            )
+        except StoreError as error:
+            self._warn(error)
+            self._writes = False  # a full disk does not empty itself: the rest is computed without
+            return None
+
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"{error}; the computation goes on without what the store cannot do", stacklevel=7)
