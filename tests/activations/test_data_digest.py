@@ -205,6 +205,12 @@ CONTENTS = {
     "texts of numpy": np.array(["a", "b"]),
     "bfloat16": torch.ones(2, dtype=torch.bfloat16),
     "lone surrogate": "\ud800",
+    "a tensor of the same bytes": torch.tensor([[1, 2], [3, 4]]).view(torch.float64),
+    "an array of the same bytes": np.array([[1, 2], [3, 4]]).view("f8"),
+    "text like two": ["1s2", "3"],
+    "two like a text": ["1", "2s3"],
+    "mappings": [{"a": 1}, {"b": 2}],
+    "one mapping and none": [{"a": 1, "b": 2}, {}],
 }
 
 
