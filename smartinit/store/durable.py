@@ -32,10 +32,10 @@ def make_folder(path: Path) -> None:
     if not path.is_dir():
         make_folder(path.parent)
         with suppress(FileExistsError):
-            path.mkdir()
+            os.mkdir(path)  # noqa: PTH102 - one function to make fail
             shared = team_bits(path.parent)
             if shared is not None:
-                path.chmod(shared | stat.S_ISGID)
+                os.chmod(path, shared | stat.S_ISGID)  # noqa: PTH101 - same
         if not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     flush_folder(path.parent)
@@ -110,7 +110,7 @@ def touch(path: Path, *, lasting: bool = False) -> None:
 
     Args:
         path: of the file.
-        lasting: a new one survives a power failure; other marks are cheaper.
+        lasting: it survives a power failure; other marks are cheaper.
     """
     try:
         os.utime(path)
@@ -119,8 +119,9 @@ def touch(path: Path, *, lasting: bool = False) -> None:
         with suppress(FileExistsError):
             os.close(_create(path, 0o664))
         os.utime(path)
-        if lasting:
-            flush_folder(path.parent)
+    if lasting:
+        make_folder(path.parent)  # who has made it may not have flushed it
+        flush_folder(path.parent)
 
 
 def renew(path: Path) -> bool:
