@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import struct
-from contextlib import suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +47,6 @@ MAX_HEADER = 32 << 20
 """Longest header that is read or written, in bytes: some 200,000 tensors."""
 _PIECE = 4 << 20
 _METADATA = "__metadata__"
-_LARGE = 8 << 20  # bytes: below, large pages would be a waste
 _MOST_DIMENSIONS = 64
 _LARGEST = 2**63  # what torch counts with
 
@@ -110,19 +107,6 @@ def map_file(path: Path, size: int) -> torch.Tensor:
     # not through Python's mmap, which would keep a descriptor for every map
     storage: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,), (1,))
-
-
-def new_memory(size: int) -> torch.Tensor:
-    """Memory for a file's bytes, uint8 ``(size,)``: in large pages where there are such, which come four times faster.
-
-    Cost: nothing until it is written to.
-    """
-    if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def tensors_in(whole: torch.Tensor, where: str) -> dict[str, torch.Tensor]:

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from smartinit.errors import ArgumentError, ConfigError
+from smartinit.errors import ArgumentError, ConfigError, shown
 
 SCHEMA = 1
 """Of stores; it is part of every key, so that a change of what keys mean never finds an old entry."""
 
 # One plain file name on every file system: no separators, no leading dot, and no capitals, as some ignore case.
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,127}")
-_SHOWN = 120
+_NAME = re.compile(r"(?!(?:con|prn|aux|nul|com\d|lpt\d)$)[a-z0-9][a-z0-9_-]{0,127}", re.ASCII)
+DEEPEST = 64
+"""Mappings and lists within each other that a key or a manifest may have."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ def canonical(value: object) -> bytes:
     """JSON with sorted keys, no white space and only ASCII: equal values give equal bytes.
 
     Raises:
-        ArgumentError: a value that JSON has no form for, a key that is no text, or NaN.
+        ArgumentError: a value that JSON has no form for, a key that is no text, NaN, or too many lists in each other.
     """
     try:
-        plain = _plain(value)
+        plain = _plain(value, DEEPEST)
         return json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise ArgumentError(f"a key holds JSON values only: {error}") from error
+        raise ArgumentError(f"keys, and what is kept beside tensors, hold JSON values only: {error}") from error
 
 
 def check_name(key: Key | str) -> str:
@@ -69,9 +70,8 @@ def check_name(key: Key | str) -> str:
     if not isinstance(name, str):
         raise ArgumentError(f"a key is a Key or text, not a {type(name).__name__}")
     if not _NAME.fullmatch(name):
-        shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…"
         raise ConfigError(
-            f"{shown!r} is no key: expected 1 to 128 of a-z, 0-9, '_' and '-', beginning with a letter or digit"
+            f"{shown(name)} is no key: expected 1 to 128 of a-z, 0-9, '_' and '-', beginning with a letter or digit"
         )
     return name
 
@@ -95,13 +95,15 @@ def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
-def _plain(value: object) -> object:
+def _plain(value: object, levels: int) -> object:
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    if not levels:
+        raise ValueError(f"there are more than {DEEPEST} lists or mappings in each other")
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise TypeError("the keys of a mapping must be text")
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item, levels - 1) for key, item in value.items()}
     if _is_list(value):
-        return [_plain(item) for item in value]  # type: ignore[attr-defined]
-    if value is None or isinstance(value, (str, int, float, bool)):
-        return value
+        return [_plain(item, levels - 1) for item in value]  # type: ignore[attr-defined]
     raise TypeError(f"{type(value).__name__} is none")

@@ -8,20 +8,22 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from smartinit.errors import StoreError, VerificationError
+from smartinit.errors import ArgumentError, StoreError, VerificationError, shown
 from smartinit.store.blobs import Blob
-from smartinit.store.keys import SCHEMA, canonical, check_name
+from smartinit.store.keys import DEEPEST, SCHEMA, canonical, check_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-MAX_BYTES = 32 << 20
-"""Longest manifest that is read."""
+MAX_BYTES = 16 << 20
+"""Longest manifest that is read or written; more could take seconds to parse."""
 _SHA = re.compile(r"[0-9a-f]{64}")
 _XXH = re.compile(r"[0-9a-f]{32}")
 # Names of an entry's files: at most one folder, no leading dots, nothing that any file system takes for more.
 _FILE = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]{0,99}/)?[A-Za-z0-9_][A-Za-z0-9._-]{0,149}")
 _END = re.compile(rb',"check":"([0-9a-f]{64})"}\n')
+_LARGEST = 2**63  # bytes of a blob
+_YEAR_10000 = 253_402_300_800  # in seconds since the epoch
 _END_LENGTH = len(b',"check":"') + 64 + len(b'"}\n')
 
 
@@ -63,11 +65,15 @@ class Manifest:
         """Canonical JSON whose last value is the sha256 of all that stands before it.
 
         Raises:
-            ArgumentError: ``meta`` or ``leaves`` hold something that is no JSON value.
+            ArgumentError: ``meta`` or ``leaves`` hold something that is no JSON value, or are too long.
         """
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         values["blobs"] = {name: blob.as_dict() for name, blob in self.blobs.items()}
         body = canonical(values)[:-1]
+        if len(body) + _END_LENGTH > MAX_BYTES:
+            raise ArgumentError(
+                f"what describes '{self.key}' has {len(body)} bytes, but at most {MAX_BYTES} are read; make a file of it"
+            )
         return body + b',"check":"' + hashlib.sha256(body).hexdigest().encode() + b'"}\n'
 
     @classmethod
@@ -88,20 +94,21 @@ class Manifest:
         if hashlib.sha256(content[:-_END_LENGTH]).hexdigest().encode() != end.group(1):
             raise VerificationError(f"the manifest of '{key}' was changed: its digest differs")
         try:
-            values = json.loads(content)
+            values = _DECODER.decode(content.decode())
             values.pop("check")
-            if values.get("schema") != SCHEMA:
+            schema = values.get("schema")
+            if type(schema) is not int or schema != SCHEMA:
                 raise StoreError(
-                    f"'{key}' was written with schema {values.get('schema')!r}, but this version reads {SCHEMA}; "
-                    "upgrade smartinit, or use another store"
+                    f"'{key}' was written with schema {shown(schema)}, but this version reads {SCHEMA}; upgrade "
+                    "smartinit, or use another store"
                 )
+            if type(values["tags"]) is not list or _is_deep(values):
+                raise ValueError("tags that are no list, or too many lists in each other")  # noqa: TRY301
             blobs = {name: Blob(**blob) for name, blob in values.pop("blobs").items()}
             manifest = cls(blobs=blobs, **{**values, "tags": tuple(values["tags"])})
             problem = manifest.problem(key)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            if isinstance(error, StoreError):
-                raise
-            problem = f"{type(error).__name__}: {error}"
+            problem = f"{type(error).__name__}: {shown(str(error))}"
         if problem:
             raise VerificationError(f"the manifest of '{key}' is not sound: {problem}")
         return manifest
@@ -111,11 +118,13 @@ class Manifest:
         texts: tuple[Any, ...] = (self.kind, self.basis)
         mappings: tuple[Any, ...] = (self.leaves, self.meta, self.writer)
         if self.key != key:
-            return f"it is of the key {self.key!r}"
+            return f"it is of the key {shown(self.key)}"
         if not all(isinstance(value, str) for value in texts):
             return "its kind or basis is no text"
-        if not all(isinstance(value, dict) for value in mappings) or type(self.created) not in (int, float):
-            return "leaves, meta or writer is no mapping, or its time no number"
+        if not all(isinstance(value, dict) for value in mappings):
+            return "leaves, meta or writer is no mapping"
+        if type(self.created) not in (int, float) or not -_YEAR_10000 / 4 < self.created < _YEAR_10000:
+            return "its time is none"
         for tag in self.tags:
             check_name(tag)
         problems = (_blob_problem(name, blob) for name, blob in self.blobs.items())
@@ -124,11 +133,33 @@ class Manifest:
 
 def _blob_problem(name: str, blob: Blob) -> str | None:
     if not _FILE.fullmatch(name):
-        return f"the file name {name!r}"
+        return f"the file name {shown(name)}"
     if not (_matches(_SHA, blob.sha256) and _matches(_XXH, blob.xxh3)):
         return f"the digest of {name!r}"
-    return None if type(blob.size) is int and blob.size >= 0 else f"the size of {name!r}"
+    return None if type(blob.size) is int and 0 <= blob.size < _LARGEST else f"the size of {name!r}"
 
 
 def _matches(pattern: re.Pattern[str], value: object) -> bool:
     return isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+def _is_deep(value: object) -> bool:
+    """Whether mappings and lists lie in each other more often than any writer's do; whoever walks them may recurse."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse)
