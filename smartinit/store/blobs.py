@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from smartinit.store.layout import Layout
 
-PIECE = 16 << 20
+PIECE = 4 << 20
 """Bytes under one checksum: pieces are checked by several threads."""
 THREADS = min(8, os.cpu_count() or 1)
 

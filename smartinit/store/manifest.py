@@ -72,7 +72,7 @@ class Manifest:
         body = canonical(values)[:-1]
         if len(body) + _END_LENGTH > MAX_BYTES:
             raise ArgumentError(
-                f"what describes '{self.key}' has {len(body)} bytes, but at most {MAX_BYTES} are read; make a file of it"
+                f"what describes '{self.key}' has {len(body)} bytes; at most {MAX_BYTES} are read, so make a file of it"
             )
         return body + b',"check":"' + hashlib.sha256(body).hexdigest().encode() + b'"}\n'
 
