@@ -117,28 +117,30 @@ class _Planning:
 
     def plan(self, max_bytes: int | None, max_age: float | None, unused_for: float | None) -> PrunePlan:
         """See `plan_prune`."""
-        candidates = []
+        going, candidates = [], []
         for entry in self.census.read():
             self.count += 1
             self.total += entry.bytes + sum(size for digest, size in entry.blobs if self.census.named[digest] == 1)
             used = last_use(self.layout, entry)
             if max_age is not None and self.now - entry.modified_ns / 1e9 > max_age:
-                self._let_go(Going(entry, "too old", used))
+                going.append(Going(entry, "too old", used))
             elif unused_for is not None and self.now - used > unused_for:
-                self._let_go(Going(entry, "not used for too long", used))
+                going.append(Going(entry, "not used for too long", used))
             elif max_bytes is not None:
                 candidates.append(Going(entry, "least recently used", used))
         self.census.read_aside(int((self.now - WEEK) * 1e9))
+        for each in going:  # all have been counted: now it is known what they share
+            self._let_go(each)
         others = self._unnamed()
         left = list(leftovers(self.layout, self.now))
         gone = sum(blob.bytes for blob in others) + sum(item.bytes for item in left)
         self.total += gone
         self.freed += gone
         if max_bytes is not None:
-            for going in sorted(candidates, key=lambda going: (going.used, going.key)):
+            for each in sorted(candidates, key=lambda candidate: (candidate.used, candidate.key)):
                 if self.total - self.freed <= max_bytes:
                     break
-                self._let_go(going)
+                self._let_go(each)
         return self._finish([*others, *self._stamped()], left, max_bytes)
 
     def _finish(self, blobs: list[Unnamed], left: list[Leftover], max_bytes: int | None) -> PrunePlan:
