@@ -13,7 +13,7 @@ from smartinit.activations.state import model_device
 from smartinit.computation import compute_fresh
 from smartinit.distributed.passes import RanksInStep
 from smartinit.distributed.reduce import any_rank, is_first_rank, world_size
-from smartinit.errors import ConfigError
+from smartinit.errors import ConfigError, NotStoredError
 from smartinit.reuse.artefacts import artefact_key, keep_artefact, load_artefact
 from smartinit.reuse.data import OfferedData
 from smartinit.reuse.identity import Identity, warn_of_unknown
@@ -116,6 +116,8 @@ class _Call:
             return
         jobs = [self.jobs[index] for index in indices]
         meta = any(parameter.is_meta for parameter in self.model.parameters())
+        if meta and any(job.request.config.use_dora for job in jobs):
+            raise NotStoredError("DoRA's magnitudes are norms of the model's weights, which are not loaded")
         session = Session(self.keeper, self.identity, self.data, self.options, self.ranks, has_weights=not meta)
         batches = None if self.data is None else self.data.batches
         artefacts = compute_fresh(self.model, jobs, batches, self.options, session)

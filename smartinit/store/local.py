@@ -93,7 +93,7 @@ class LocalStore:
             StoreError: the store is read-only, the disk is full, or it cannot be written; nothing is left behind.
             ConfigError, ArgumentError: no key, or values that cannot be stored.
         """
-        self._check_writable()
+        self.check_writable()
         sources = gather(tensors, files)
         draft = describe(check_name(key), key, sources, tags=tags, meta=meta or {}, basis=basis)
         names = None if compare is None else frozenset(compare)
@@ -181,7 +181,7 @@ class LocalStore:
             StoreError: the store is read-only, or cannot be written.
         """
         name, layout = check_name(key), self.layout
-        self._check_writable()
+        self.check_writable()
         manifest = self.peek(name)
         with writing(self.layout):
             found = durable.remove(layout.entry(name))
@@ -219,19 +219,17 @@ class LocalStore:
 
     def _open(self, manifest: Manifest, lease: Lease | None, *, as_tensors: bool) -> Entry | None:
         files, tensors = {}, {}
-        for name, blob in manifest.blobs.items():
+        for name, blob in manifest.blobs.items():  # all of them: a broken one that stayed would break the next entry
             path = self.layout.blob(blob.sha256)
             files[name], which = path, _which(path)
             try:
                 tensors[name] = read_blob(path, blob, as_tensors=as_tensors and name.endswith(".safetensors"))
             except (VerificationError, ArtefactError) as error:
                 self.discard(path, f"entry '{manifest.key}': {error}", which)
-                return None
             except (OSError, RuntimeError) as error:
                 if getattr(error, "errno", None) not in _LOST and path.exists():
                     warnings.warn(f"entry '{manifest.key}': '{path}' cannot be read ({error})", stacklevel=3)
-                return None
-        return Entry(manifest, files, tensors, lease)
+        return Entry(manifest, files, tensors, lease) if len(tensors) == len(manifest.blobs) else None
 
     def _write(
         self, draft: Manifest, sources: Mapping[str, Source], *, replace: bool, compare: frozenset[str] | None
@@ -241,25 +239,53 @@ class LocalStore:
             make_store(self.layout)
             self._ready = True
         check_space(self.layout, sum(size(source) for source in sources.values()))
-        blobs: dict[str, Draft] = {}
-        unfinished = self.layout.new_file()
+        drafts: dict[str, Draft] = {}
         try:
             for file, source in sources.items():
-                blobs[file] = draft_blob(self.layout, chunks(source))
-            manifest = dataclasses.replace(
-                draft, blobs={file: written.blob for file, written in blobs.items()}, created=time.time()
-            )
+                drafts[file] = draft_blob(self.layout, chunks(source))
+            blobs = {file: written.blob for file, written in drafts.items()}
+            manifest = dataclasses.replace(draft, blobs=blobs, created=time.time())
+            return self.finish(manifest, drafts.values(), sources, replace=replace, compare=compare)
+        finally:
+            for written in drafts.values():
+                durable.clear(written.path)
+
+    def finish(
+        self,
+        manifest: Manifest,
+        drafts: Iterable[Draft],
+        sources: Mapping[str, Source],
+        *,
+        replace: bool = False,
+        compare: frozenset[str] | None = None,
+    ) -> Manifest:
+        """Make an entry exist.
+
+        Args:
+            manifest: of the entry.
+            drafts: its blobs, as far as they are not there.
+            sources: where its files came from, for blobs that pruning takes in this moment.
+            replace: see `put`.
+            compare: see `put`.
+
+        Returns:
+            The manifest that the key has now.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        unfinished = self.layout.new_file()
+        try:
             durable.write_new(unfinished, [manifest.to_bytes()])
-            for written in blobs.values():
+            for written in drafts:
                 settle_blob(self.layout, written)
             there = self._publish(manifest, unfinished, sources, replace=replace)
         finally:
-            for leftover in (unfinished, *(written.path for written in blobs.values())):
-                durable.clear(leftover)
+            durable.clear(unfinished)
         names = manifest.blobs.keys() | there.blobs.keys() if compare is None else compare
         differs = any(there.blobs.get(name) != manifest.blobs.get(name) for name in names)
         if differs and there.basis == manifest.basis:
-            self._keep_aside(manifest)
+            self.keep_aside(manifest)
         return there
 
     def _publish(
@@ -311,7 +337,12 @@ class LocalStore:
             return None
         return manifest
 
-    def _keep_aside(self, manifest: Manifest) -> None:
+    def keep_aside(self, manifest: Manifest) -> None:
+        """Name another result for a key that has one, and warn.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         differing = json.dumps({name: blob.sha256 for name, blob in manifest.blobs.items()}, sort_keys=True).encode()
         path = self.layout.aside / f"{manifest.key}.{checksum(memoryview(differing))[:16]}.json"
         if not path.exists():
@@ -323,7 +354,12 @@ class LocalStore:
             stacklevel=4,
         )
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
+        """Refuse to write to what was opened for reading.
+
+        Raises:
+            StoreError: see above.
+        """
         if self.read_only:
             raise StoreError(f"the store '{self.layout.root}' was opened read-only; name another one to write to")
 
