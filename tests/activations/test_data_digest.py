@@ -296,6 +296,7 @@ def test_no_more_is_read_than_was_asked_about():
     assert not look.ends_after(4)
     assert (data.read, look.rows) == (3, 6)
     assert look.ends_after(11)
+    assert not look.ends_after(12)
     assert (look.at_rows(11), look.at_rows(12), look.at_batches(6), look.at_batches(7)) == (
         REFERENCE, None, REFERENCE, None,
     )  # fmt: skip
