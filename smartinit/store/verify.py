@@ -83,6 +83,7 @@ class _Verification:
         self.layout, self.repair, self.progress = layout, repair, progress
         self.found: list[Unsound] = []
         self.sound: dict[bytes, bytes] = {}
+        self.unreadable: set[bytes] = set()
 
     def run(self) -> list[Unsound]:
         """See `verify`."""
@@ -138,7 +139,8 @@ class _Verification:
             self._strange(path, str(error), which)
             return
         except OSError as error:
-            self._unreadable(path, error)
+            if self._unreadable(path, error):
+                self.unreadable.add(bytes.fromhex(path.name))
             return
         if self.progress is not None:
             self.progress(blob.size)
@@ -200,6 +202,8 @@ class _Verification:
     def _problem(self, blob: Blob) -> str | None:
         """What is wrong with a blob that an entry names; None if nothing is."""
         digest = bytes.fromhex(blob.sha256)
+        if digest in self.unreadable:  # that was said of the blob; the entry may be sound
+            return None
         if digest not in self.sound:  # it may have come since
             with suppress(OSError, VerificationError):
                 now = read_digests(self.layout.blob(blob.sha256))
@@ -213,9 +217,11 @@ class _Verification:
         self._report(path, FILE, sentence)
         self._put_aside(path, which or _which(path))
 
-    def _unreadable(self, path: Path, error: OSError) -> None:
-        if error.errno not in GONE:
-            self._report(path, UNREADABLE, f"cannot be read ({error.strerror or error})")
+    def _unreadable(self, path: Path, error: OSError) -> bool:
+        if error.errno in GONE:
+            return False
+        self._report(path, UNREADABLE, f"cannot be read ({error.strerror or error})")
+        return True
 
     def _report(self, path: Path, what: str, sentence: str) -> None:
         shown = self._name(path)
