@@ -12,7 +12,6 @@ Everything else (biases, modules_to_save, trained tokens) is carried along by it
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
@@ -20,10 +19,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from smartinit.errors import ArtefactError, ConfigError, VerificationError
 from smartinit.factors import Factors
+from smartinit.formats.tensor_file import tensor_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -114,13 +113,7 @@ def file_content(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
         tensors: by key, contiguous, each with its own memory.
         metadata: what the header says besides; PEFT wants ``format`` to be ``pt``.
     """
-    content = save_tensors(dict(tensors), metadata=dict(metadata))
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(metadata.items()))  # safetensors puts them in another order every time
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the numbers after it are aligned
-    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+    return b"".join(tensor_chunks(tensors, metadata))
 
 
 def read_tensors(path: Path, content: bytes) -> StoredTensors:

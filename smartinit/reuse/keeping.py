@@ -91,8 +91,7 @@ class Keeper:
                 compare=compare,
             )
         except StoreError as error:
-            self._warn(error)
-            self._writes = False  # a full disk does not empty itself: the rest is computed without
+            self._warn(error)  # where statistics have no room an artefact may have some
             return None
 
     def _warn(self, error: Exception) -> None:
