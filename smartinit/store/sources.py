@@ -17,11 +17,11 @@ from smartinit.store.keys import Key, check_name
 from smartinit.store.manifest import MAX_BYTES, Manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     import torch
 
-    Source = bytes | Path | Mapping[str, torch.Tensor]
+    Source = bytes | Path | Mapping[str, torch.Tensor] | Callable[[], Iterable[Any]]
 
 _PIECE = 4 << 20
 _UNWRITTEN = Blob("0" * 64, 0, "0" * 32)
@@ -60,19 +60,23 @@ def chunks(source: Source) -> Iterator[Any]:
         with source.open("rb") as file:
             while piece := file.read(_PIECE):
                 yield piece
-    else:
+    elif isinstance(source, Mapping):
         from smartinit.formats.tensor_file import tensor_chunks
 
         yield from tensor_chunks(source)
+    else:
+        yield from source()
 
 
 def size(source: Source) -> int:
-    """About how many bytes there are."""
+    """About how many bytes there are, as far as that is known before."""
     if isinstance(source, bytes):
         return len(source)
     if isinstance(source, Path):
         return source.stat().st_size
-    return sum(tensor.numel() * tensor.element_size() for tensor in source.values())
+    if isinstance(source, Mapping):
+        return sum(tensor.numel() * tensor.element_size() for tensor in source.values())
+    return 0
 
 
 def describe(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from smartinit.errors import StoreError
 from smartinit.store.flight import WAIT_SECONDS, single_flight
+from smartinit.store.keys import Key, check_name
+from smartinit.store.layers import Layer, is_remote, open_place
 from smartinit.store.local import LocalStore
 
 if TYPE_CHECKING:
@@ -16,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from smartinit.store.entry import Entry
-    from smartinit.store.keys import Key
+    from smartinit.store.layers import Place
     from smartinit.store.manifest import Manifest
     from smartinit.store.prune import PrunePlan
     from smartinit.store.transfer import Transfer
@@ -31,23 +35,32 @@ class Store:
 
     Args:
         path_or_url: the folder that is written; None: that of the environment variable ``SMARTINIT_CACHE``, or
-            ``cache``.
-        layers: further stores that are read, in this order, where the first has nothing; what they have is copied into
-            the first.
+            ``cache``. A URL is a layer, before the others, of that folder.
+        layers: further stores that are read, in this order, where the first has nothing: folders, URLs such as
+            ``s3://bucket/folder``, or `RemoteStore`. What they have is copied into the first; one that cannot be
+            reached, or is broken, is left out with a warning.
         read_only: write nothing.
         locking: whether processes that want the same result wait for each other; correctness does not need it.
     """
 
     def __init__(
         self,
-        path_or_url: str | os.PathLike[str] | None = None,
-        *layers: str | os.PathLike[str],
+        path_or_url: Place | None = None,
+        *layers: Place,
         read_only: bool = False,
         locking: bool = True,
     ) -> None:
-        place = os.environ.get(VARIABLE) or DEFAULT if path_or_url is None else path_or_url
-        self.local = LocalStore(place, read_only=read_only)
-        self.layers = [LocalStore(layer, read_only=True) for layer in layers]
+        given: list[Place] = [] if path_or_url is None else [path_or_url]
+        if not given or is_remote(given[0]):
+            given.append(os.environ.get(VARIABLE) or DEFAULT)
+        if is_remote(given[-1]):
+            given.append(DEFAULT)
+        *before, first = given
+        local = open_place(first, read_only=read_only)
+        if not isinstance(local, LocalStore):
+            raise StoreError(f"'{first}' is no folder that could be written; name one as the first store")
+        self.local = local
+        self.layers = [Layer(place) for place in (*before, *layers)]
         self.locking = locking
 
     def put(
@@ -65,20 +78,44 @@ class Store:
         """See `LocalStore.put`."""
         return self.local.put(key, tensors, meta, files=files, tags=tags, basis=basis, replace=replace, compare=compare)
 
-    def get(self, key: Key | str) -> Entry | None:
-        """See `LocalStore.get`; the layers are asked after the first store."""
-        return self.local.get(key)
+    def get(self, key: Key | str, *, tensors: bool = True) -> Entry | None:
+        """See `LocalStore.get`; the layers are asked after the first store, which then has it too."""
+        entry = self.local.get(key, tensors=tensors)
+        if entry is not None or not self.layers:
+            return entry
+        name = check_name(key)
+        for layer in self.layers:
+            if not self.local.read_only and layer.fetch(name, self.local):
+                entry = self.local.get(name, tensors=tensors)
+            if entry is None:
+                entry = layer.serve(name, tensors=tensors)
+            if entry is not None:
+                return entry
+        return None
 
     def peek(self, key: Key | str) -> Manifest | None:
         """See `LocalStore.peek`; the layers are asked after the first store."""
-        return self.local.peek(key)
+        manifest = self.local.peek(key)
+        if manifest is not None or not self.layers:
+            return manifest
+        name = check_name(key)
+        return next(filter(None, (layer.peek(name) for layer in self.layers)), None)
 
     def keys(self, tag: str | None = None) -> Iterator[str]:
-        """See `LocalStore.keys`; those of all layers, each once."""
-        return self.local.keys(tag)
+        """See `LocalStore.keys`; those of all layers, each once. With layers: memory for all of them."""
+        if not self.layers:
+            yield from self.local.keys(tag)
+            return
+        seen: set[str] = set()
+        for key in chain(self.local.keys(tag), *(layer.keys(tag) for layer in self.layers)):
+            if key not in seen:
+                seen.add(key)
+                yield key
 
     def __contains__(self, key: object) -> bool:
-        return key in self.local
+        if key in self.local:
+            return True
+        return isinstance(key, (Key, str)) and any(layer.peek(check_name(key)) is not None for layer in self.layers)
 
     def single_flight(
         self, key: Key | str, *, timeout: float = WAIT_SECONDS, tell: Callable[[str], None] | None = None
@@ -129,17 +166,17 @@ class Store:
 
         unpin(self.local, key)
 
-    def push(self, target: str | os.PathLike[str], keys: Iterable[Key | str] | None = None) -> Transfer:
+    def push(self, target: Place, keys: Iterable[Key | str] | None = None, *, progress: bool = False) -> Transfer:
         """Copy entries (all of them if none are named) to another store; see `smartinit.store.transfer.push`."""
         from smartinit.store.transfer import push
 
-        return push(self.local, target, keys)
+        return push(self.local, target, keys, progress=progress)
 
-    def pull(self, source: str | os.PathLike[str], keys: Iterable[Key | str] | None = None) -> Transfer:
+    def pull(self, source: Place, keys: Iterable[Key | str] | None = None, *, progress: bool = False) -> Transfer:
         """Copy entries from another store; see `smartinit.store.transfer.pull`."""
         from smartinit.store.transfer import pull
 
-        return pull(self.local, source, keys)
+        return pull(self.local, source, keys, progress=progress)
 
 
 def as_store(place: Store | str | os.PathLike[str] | None) -> Store | None:
