@@ -254,7 +254,7 @@ def _tensor_problem(entry: dict[str, Any]) -> str | None:
     numbers = (*shape, begin, end)
     if type(shape) is not list or len(shape) > _MOST_DIMENSIONS or {*map(type, numbers)} != {int}:
         return "sizes that are no counts"
-    if min(numbers) < 0 or max(numbers) >= _LARGEST:
+    if min(numbers) < 0 or max(numbers) >= _LARGEST or math.prod(max(size, 1) for size in shape) >= _LARGEST:
         return "sizes that no tensor has"
     if end - begin != math.prod(shape) * dtype.itemsize:
         return "another length than its shape"

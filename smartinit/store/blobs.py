@@ -136,7 +136,7 @@ def keep_blob(layout: Layout, blob: Blob) -> bool:
     """Whether the blob is there; its time is made new, so that pruning sees that it is wanted again."""
     path = layout.blob(blob.sha256)
     try:
-        if path.stat().st_size != blob.size:
+        if path.lstat().st_size != blob.size:  # links are not followed: they are no blobs
             return False
         return durable.renew(path) or path.exists()  # someone else's file is there all the same
     except FileNotFoundError:
@@ -189,15 +189,6 @@ def read_digests(path: Path) -> Blob:
     return digests.blob()
 
 
-def file_sha256(path: Path) -> str:
-    """Of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def check_size(path: Path, blob: Blob, found: int | None = None) -> None:
     """Cheap: sizes only.
 
@@ -210,6 +201,6 @@ def check_size(path: Path, blob: Blob, found: int | None = None) -> None:
         VerificationError: another size.
         FileNotFoundError: there is no such blob.
     """
-    found = path.stat().st_size if found is None else found
+    found = path.lstat().st_size if found is None else found
     if found != blob.size:
         raise VerificationError(f"'{path}' has {found} bytes instead of {blob.size}")

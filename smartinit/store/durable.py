@@ -18,19 +18,26 @@ if TYPE_CHECKING:
 
 # File systems that cannot do a thing say so in many ways.
 _CANNOT = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL}
+_FOLLOWS = os.utime not in os.supports_follow_symlinks  # where it cannot be helped
 _kept: set[Path] = set()  # folders whose names this process knows to be on disk
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Path, *, follow: bool = False) -> None:
     """The folder and its parents; its name is on disk when this returns, also if another process has just made it.
 
+    Args:
+        path: of the folder.
+        follow: whether a link to a folder counts as one: within a store none does, as it may lead anywhere.
+
     Raises:
-        OSError: among others a file, or a link to nothing, that has the name.
+        OSError: among others a file, or a link, that has the name.
     """
+    if not follow:
+        _refuse_link(path)
     if path in _kept and path.is_dir():
         return
     if not path.is_dir():
-        make_folder(path.parent)
+        make_folder(path.parent, follow=True)
         with suppress(FileExistsError):
             os.mkdir(path)  # noqa: PTH102 - one function to make fail
             shared = team_bits(path.parent)
@@ -111,14 +118,18 @@ def touch(path: Path, *, lasting: bool = False) -> None:
     Args:
         path: of the file.
         lasting: it survives a power failure; other marks are cheaper.
+
+    Raises:
+        OSError: it cannot be, or its folder is a link.
     """
+    _refuse_link(path.parent)
     try:
-        os.utime(path)
+        _now(path)
     except FileNotFoundError:
         make_folder(path.parent)
         with suppress(FileExistsError):
             os.close(_create(path, 0o664))
-        os.utime(path)
+        _now(path)
     if lasting:
         make_folder(path.parent)  # who has made it may not have flushed it
         flush_folder(path.parent)
@@ -131,7 +142,7 @@ def renew(path: Path) -> bool:
         OSError: for other reasons.
     """
     try:
-        os.utime(path)
+        _now(path)
     except (FileNotFoundError, PermissionError):
         return False
     return True
@@ -170,6 +181,16 @@ def flush_folder(folder: Path) -> None:
 def free_bytes(folder: Path) -> int:
     """What may still be written there."""
     return shutil.disk_usage(folder).free
+
+
+def _refuse_link(folder: Path) -> None:
+    if folder.is_symlink():
+        raise NotADirectoryError(errno.ENOTDIR, "it is a link, not a folder", str(folder))
+
+
+def _now(path: Path) -> None:
+    """Make the time of a name new: of a link itself, not of what it points to."""
+    os.utime(path, follow_symlinks=_FOLLOWS)
 
 
 def _create(path: Path, mode: int) -> int:

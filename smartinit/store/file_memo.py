@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from smartinit.errors import ModelError
 from smartinit.formats.files import write_file
 from smartinit.store.keys import canonical
+from smartinit.store.regular import read_small
 
 if TYPE_CHECKING:
     import os
@@ -112,9 +113,7 @@ def _blob_name(path: Path, real: Path) -> str | None:
 def _read(note: Path, identity: list[Any], *, by_name: bool) -> Any:  # noqa: ANN401 - JSON
     """The value of a sound note about this very file; None otherwise."""
     with suppress(OSError, ValueError, RecursionError, TypeError, KeyError):
-        if note.stat().st_size > _LARGEST:
-            return None
-        content = json.loads(note.read_bytes())
+        content = json.loads(read_small(note, _LARGEST))
         file, value = content["file"], content["value"]
         seal = hashlib.sha256(canonical({"file": file, "value": value})).hexdigest()
         elsewhere = by_name and file[0] != identity[0] and file[2] == identity[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,8 @@ def single_flight(
 
 def _lock(layout: Layout, key: str) -> filelock.BaseFileLock:
     path = layout.locks / f"{key}.lock"
+    if path.is_symlink():  # older versions of filelock would empty the file that it leads to
+        raise OSError(errno.ELOOP, "it is a link", str(path))
     if durable.team_bits(layout.locks) is None:  # the umask decides
         return filelock.FileLock(path, thread_local=False)
     return filelock.FileLock(path, thread_local=False, mode=0o664)

@@ -6,7 +6,7 @@ import json
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from smartinit.errors import SmartinitError, StoreError
+from smartinit.errors import SmartinitError, StoreError, shown
 from smartinit.store import durable
 from smartinit.store.keys import SCHEMA
 from smartinit.store.regular import read_small
@@ -30,7 +30,8 @@ def make_store(layout: Layout) -> None:
     Raises:
         OSError: they cannot be written.
     """
-    for folder in (layout.root, layout.entries, layout.blobs, layout.unfinished):
+    durable.make_folder(layout.root, follow=True)
+    for folder in (layout.entries, layout.blobs, layout.unfinished):
         durable.make_folder(folder)
     schema = json.dumps({"schema": SCHEMA}).encode() + b"\n"
     for path, content in ((layout.tag, _TAG), (layout.schema, schema)):
@@ -42,11 +43,17 @@ def check_store(layout: Layout) -> None:
     """Whether this version may use what is there; nothing may be there.
 
     Raises:
-        StoreError: the folder is a file or cannot be looked at, or a newer version has made it.
+        StoreError: the folder is a file or cannot be looked at, one of the folders in it is a link, or a newer version
+            has made it.
     """
     try:
         if layout.root.exists() and not layout.root.is_dir():
             raise StoreError(f"'{layout.root}' is a file; a store is a folder: name another place")
+        for folder in layout.folders:  # what is removed in them would be removed elsewhere
+            if folder.is_symlink():
+                raise StoreError(
+                    f"'{folder}' is a link; in a store only its outermost folder may be one, so move the whole store"
+                )
         found = json.loads(read_small(layout.schema, _LONGEST)).get("schema")
     except FileNotFoundError:
         return
@@ -60,8 +67,8 @@ def check_store(layout: Layout) -> None:
         raise StoreError(f"the store '{layout.root}' cannot be read: {error.strerror or error}") from error
     if found is not None and found != SCHEMA:
         raise StoreError(
-            f"the store '{layout.root}' has schema {found!r}, but this version knows {SCHEMA}; upgrade smartinit, or "
-            "name another store"
+            f"the store '{layout.root}' has schema {shown(found)}, but this version knows {SCHEMA}; upgrade smartinit, "
+            "or name another store"
         )
 
 

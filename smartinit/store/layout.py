@@ -102,6 +102,13 @@ class Layout:
         """Temporary files."""
         return self.root / "tmp"
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """All folders that a store may have, but for those within them."""
+        marks = (self.index_root, self.used, self.pins, self.leases, self.locks)
+        others = (self.aside, self.quarantine, self.adapters, self.memo, self.unfinished)
+        return (self.blobs.parent, self.blobs, self.entries, *marks, *others)
+
     def blob(self, sha256: str) -> Path:
         """A blob by its digest."""
         return self.blobs / sha256[:2] / sha256

@@ -24,11 +24,12 @@ def owner_lives(mark_host: str, pid: str, modified: float, now: float) -> bool:
         modified: time of the marked file, seconds since the epoch.
         now: the same of now.
     """
-    if mark_host != host() or not pid.isdigit() or os.name == "nt":  # os.kill(pid, 0) is no question on Windows
+    asked = mark_host == host() and pid.isascii() and pid.isdigit()
+    if not asked or os.name == "nt":  # os.kill(pid, 0) is no question on Windows
         return abs(now - modified) < FOREIGN_SECONDS  # a clock may have gone backwards
     try:
         os.kill(int(pid), 0)
-    except (ProcessLookupError, OverflowError):
+    except (ProcessLookupError, OverflowError, ValueError):  # also numbers of thousands of digits
         return False
     except PermissionError:
         return True

@@ -211,7 +211,10 @@ def _blobs(layout: Layout) -> Iterator[os.DirEntry[str]]:
     """Every file that is named as a blob is."""
     for first in _HEX:
         for second in _HEX:
-            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(layout.blobs / (first + second)) as items:
+            folder = layout.blobs / (first + second)
+            if folder.is_symlink():  # what lies there is not the store's
+                continue
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as items:
                 for item in items:
                     if _BLOB.fullmatch(item.name) and item.name[:2] == first + second:
                         yield item

@@ -50,7 +50,7 @@ def discard(layout: Layout, kind: str, name: str, modified_ns: int) -> bool:
     """
     path = layout.blob(name) if kind == BLOB else layout.entry(name)
     try:
-        if path.lstat().st_mtime_ns != modified_ns:
+        if path.parent.is_symlink() or path.lstat().st_mtime_ns != modified_ns:
             return False
         durable.move(path, layout.unfinished / f"{TRASH}{kind}.{name}.{modified_ns}.{secrets.token_hex(8)}")
     except (FileNotFoundError, NotADirectoryError):
@@ -67,6 +67,20 @@ def trash_of(layout: Layout, kind: str) -> list[Trash]:
             if match and match[1] == kind:
                 found.append(Trash(layout.unfinished / item.name, match[2], int(match[3])))
     return found
+
+
+def put_back(layout: Layout, sha256: str) -> bool:
+    """Give a blob its name back that is on its way out but named: whoever prunes would do so a moment later.
+
+    Returns:
+        Whether it was.
+    """
+    for item in trash_of(layout, BLOB):
+        if item.name == sha256:
+            with suppress(OSError):  # another process is faster, or the store cannot be written
+                durable.publish_once(item.path, layout.blob(sha256))
+                return True
+    return False
 
 
 def settle(layout: Layout, trash: list[Trash], kind: str, wanted: Callable[[str], bool]) -> Iterator[tuple[Trash, int]]:
