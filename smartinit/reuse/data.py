@@ -98,6 +98,10 @@ class OfferedData:
             return None
         return rows * (1 if self._ranks is None else len(self._ranks))
 
+    def close(self) -> None:
+        """No more questions: workers of the data loader may end."""
+        self._own.close()
+
     def _at(self, rows: int) -> str | None:
         # Making an iterator draws a random number: the pass that follows is to find the stream as it was, so that a
         # shuffle under a fixed seed is the same in both.

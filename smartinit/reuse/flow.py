@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,10 @@ from smartinit.activations.state import model_device
 from smartinit.computation import compute_fresh
 from smartinit.distributed.passes import RanksInStep
 from smartinit.distributed.reduce import any_rank, is_first_rank, world_size
-from smartinit.errors import ConfigError, NotStoredError
+from smartinit.errors import ArgumentError, ConfigError, ModelError, NotStoredError
 from smartinit.reuse.artefacts import artefact_key, keep_artefact, load_artefact
 from smartinit.reuse.data import OfferedData
-from smartinit.reuse.identity import Identity, warn_of_unknown
+from smartinit.reuse.identity import Identity
 from smartinit.reuse.keeping import LOG, Keeper
 from smartinit.reuse.runs import Runs
 from smartinit.reuse.session import Session
@@ -45,21 +46,44 @@ def compute_or_reuse(
     if options.store is None:
         raise ConfigError("there is no store to look into")
     together = options.merge_ranks and world_size() > 1
-    device = model_device(model) or torch.device("cpu")
-    ranks = RanksInStep(device, together)
-    with ranks.failing_together():
-        identity = Identity.of(model, options)
-    reads = any(job.method.needs is not None for job in jobs)
-    if reads and identity.unknown_function is not None:
-        warn_of_unknown(identity.unknown_function)
+    ranks = RanksInStep(model_device(model) or torch.device("cpu"), together)
+    named = _named(model, jobs, dataloader, options, ranks)
+    if named is None:
         return compute_fresh(model, jobs, dataloader, options)
-    data = None
-    if reads and dataloader is not None:
-        with ranks.failing_together():
-            data = OfferedData(dataloader, options.max_batches, together=together, device=device)
+    identity, data = named
     writes = is_first_rank() or not options.merge_ranks
     keeper = Keeper(options.store, writes=writes, replace=options.refresh)
-    return _Call(model, jobs, data, options, identity, keeper, ranks).results()
+    try:
+        return _Call(model, jobs, data, options, identity, keeper, ranks).results()
+    finally:
+        if data is not None:
+            data.close()
+
+
+def _named(
+    model: nn.Module, jobs: Sequence[Job], dataloader: Iterable[Any] | None, options: Options, ranks: RanksInStep
+) -> tuple[Identity, OfferedData | None] | None:
+    """What the model and the data are called; None if one of them, on any rank, has no name: with a warning."""
+    reads = dataloader is not None and any(job.method.needs is not None for job in jobs)
+    why, identity, data = None, None, None
+    try:
+        identity = Identity.of(model, options)
+        why = identity.problem if reads else None
+    except (ModelError, ArgumentError) as error:
+        why = str(error)
+    if why is None and dataloader is not None and reads and not ranks.exchange:
+        try:
+            data = OfferedData(dataloader, options.max_batches, together=False, device=ranks.device)
+            _ = data.first
+        except ConfigError as error:
+            why = str(error)
+    if any_rank([why is not None], ranks.device)[0] if ranks.exchange else why is not None:
+        warnings.warn(f"the store is not used: {why or 'another rank says why'}", stacklevel=5)
+        return None
+    if dataloader is not None and reads and ranks.exchange:
+        with ranks.failing_together():
+            data = OfferedData(dataloader, options.max_batches, together=True, device=ranks.device)
+    return None if identity is None else (identity, data)
 
 
 @dataclass

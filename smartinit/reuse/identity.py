@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -59,9 +58,15 @@ class Identity:
         )
 
     @property
-    def unknown_function(self) -> str | None:
-        """The name of an argument whose function nothing identifies."""
-        return next((name for name, key in self.functions.items() if not _known(key)), None)
+    def problem(self) -> str | None:
+        """Why what depends on the caller's functions has no name; None if it has one."""
+        name = next((name for name, key in self.functions.items() if not _known(key)), None)
+        if name is None:
+            return None
+        return (
+            f"{name} is a function of your own, and nothing says when it changes; give it an attribute store_key='…' "
+            "that you change with it"
+        )
 
     def policy(self, job: Job) -> dict[str, Any]:
         """Everything but the data that the statistics of a job depend on, as leaves of a key."""
@@ -82,15 +87,6 @@ def numerics() -> dict[str, Any]:
     if torch.cuda.is_available() and torch.is_autocast_enabled("cuda"):
         autocast = str(torch.get_autocast_dtype("cuda"))
     return {"autocast": autocast, "float32_products": torch.get_float32_matmul_precision()}
-
-
-def warn_of_unknown(name: str) -> None:
-    """Say why nothing is kept."""
-    warnings.warn(
-        f"{name} is a function of your own, and nothing says when it changes: the store is not used for what depends "
-        f"on it; give it an attribute store_key='…' that you change with it",
-        stacklevel=6,
-    )
 
 
 def _function_key(value: Any) -> object:  # noqa: ANN401 - a function, None, or a mapping of functions

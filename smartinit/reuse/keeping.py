@@ -27,7 +27,7 @@ class Keeper:
     Args:
         store: itself.
         writes: whether this process writes; of several ranks one does.
-        replace: whether results that are there make room (a refresh).
+        replace: whether nothing is looked up, and results that are there make room (a refresh).
     """
 
     def __init__(self, store: Store, *, writes: bool, replace: bool = False) -> None:
@@ -38,6 +38,8 @@ class Keeper:
 
     def peek(self, key: Key) -> Manifest | None:
         """See `Store.peek`."""
+        if self._replace:
+            return None
         try:
             return self.store.peek(key)
         except StoreError as error:
@@ -46,6 +48,8 @@ class Keeper:
 
     def get(self, key: Key) -> Entry | None:
         """See `Store.get`."""
+        if self._replace:
+            return None
         try:
             return self.store.get(key)
         except StoreError as error:
@@ -54,6 +58,8 @@ class Keeper:
 
     def keys(self, tag: str) -> list[str]:
         """See `Store.keys`."""
+        if self._replace:
+            return []
         try:
             return sorted(self.store.keys(tag))
         except (StoreError, OSError) as error:

@@ -59,7 +59,7 @@ class Session:
     def known(self, jobs: Sequence[Job]) -> Observed:
         """Statistics of the jobs' layers that earlier passes left, if they are what a new pass would find."""
         out = Observed()
-        if self._data is None or self._options.refresh:
+        if self._data is None:
             return out
         for group in _groups(jobs):
             gradients = group[0].method.needs == "gradients"
@@ -145,7 +145,10 @@ class Session:
                 elif one is not None:
                     found[name] = one
                     break
-        found = {name: one for name, one in found.items() if self._final(jobs, one, found)}
+        demands: list[Mapping[str, int]] = []
+        if not all(one.complete and one.run.ended for one in found.values()):
+            demands = [self._demand(job, found) for job in jobs if job.method.needs == "activations"]
+        found = {name: one for name, one in found.items() if self._final(jobs, one, demands)}
         # A layer whose siblings must be looked at again is looked at with them: they may share an input.
         families = {name.rpartition(".")[0] for name in names if name not in found}
         found = {name: one for name, one in found.items() if name.rpartition(".")[0] not in families}
@@ -154,16 +157,14 @@ class Session:
             found = {name: found[name] for name, lacks in zip(names, lacking, strict=True) if not lacks}
         return found
 
-    def _final(self, jobs: Sequence[Job], one: Found, found: Mapping[str, Found]) -> bool:
+    def _final(self, jobs: Sequence[Job], one: Found, demands: Sequence[Mapping[str, int]]) -> bool:
         """Whether a new pass could not tell more about a layer: it has seen all rows, or settled before."""
         if one.complete and one.run.ended:
             return True
-        if jobs[0].method.needs == "gradients" or any(job.method.needs == "covariance" for job in jobs):
+        if any(job.method.needs != "activations" for job in jobs):
             self.reason = "what is stored was computed from fewer rows than there are now"
             return False
-        for job in jobs:
-            names = [target.name for target in job.targets if target.name in found]
-            demand = job.request.demand(assemble_observed(names, found, gradients=False).sites)
+        for job, demand in zip(jobs, demands, strict=True):
             if one.statistic is not None and not is_settled(one.statistic, job, one.names, demand):
                 self.reason = (
                     f"what is stored of '{one.names[0]}' had not settled to tau={job.request.eva.tau:g}, and there are "
@@ -171,6 +172,11 @@ class Session:
                 )
                 return False
         return one.statistic is not None
+
+    def _demand(self, job: Job, found: Mapping[str, Found]) -> Mapping[str, int]:
+        """Directions that each layer of a job would get just now."""
+        names = [target.name for target in job.targets if target.name in found]
+        return job.request.demand(assemble_observed(names, found, gradients=False).sites)
 
 
 class _Watched(WatchedBatches):

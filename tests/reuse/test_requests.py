@@ -212,6 +212,20 @@ def test_a_function_of_the_callers_own_is_kept_only_under_its_name(tmp_path: Pat
     assert [hit(one) for one in results] == [None, "artefact", None]
 
 
+def test_rows_without_a_name_are_computed_and_not_kept(tmp_path: Path) -> None:
+    class Odd:
+        """Of a class that nobody knows."""
+
+    def forward(model: Any, batch: Any) -> Any:
+        return model(**{name: value for name, value in batch.items() if name != "odd"})
+
+    forward.store_key = "without odd"
+    batches = [{**batch, "odd": Odd()} for batch in new_batches()]
+    with pytest.warns(UserWarning, match="the store is not used: .*odd"):
+        result = si.compute(new_model(), lora(), batches, store=tmp_path, forward_fn=forward, **QUIET)
+    assert "store" not in result.provenance
+
+
 def test_layers_that_never_ran_need_not_run_again(tmp_path: Path) -> None:
     class Two(torch.nn.Module):
         def __init__(self) -> None:

@@ -175,6 +175,16 @@ def test_a_refresh_computes_again(model: Any, batches: list, forward: list, tmp_
     assert_equal(first, second)
 
 
+def test_a_refresh_decomposes_again(model: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    kind, calls = available_methods()["pissa"], []
+    whole = kind.spectra
+    monkeypatch.setattr(kind, "spectra", lambda self, *a, **o: calls.append(1) or whole(self, *a, **o))
+    for refresh, expected in ((False, True), (False, False), (True, True), (False, False)):
+        calls.clear()
+        si.compute(model, lora("pissa"), store=tmp_path / "s", refresh=refresh, **QUIET)
+        assert bool(calls) == expected
+
+
 def test_a_sweep_finds_each_of_its_requests(model: Any, batches: list, forward: list, tmp_path: Path) -> None:
     requests = [lora("eva"), lora("corda"), lora("pissa"), lora("lora_ga"), lora("eva", rank=2)]
     first = si.compute_many(model, requests, batches, store=tmp_path / "s", **QUIET)
