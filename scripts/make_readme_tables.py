@@ -212,6 +212,9 @@ def cli_pages() -> str:
         command = group.get_command(top, verb)
         context = click.Context(command, info_name=verb, parent=top)
         lines += [f"## {verb}", "", *_page(f"smartinit {verb}", command, context)]
+        for name, below in command.commands.items() if isinstance(command, click.Group) else ():
+            inner = click.Context(below, info_name=name, parent=context)
+            lines += [f"### {verb} {name}", "", *_page(f"smartinit {verb} {name}", below, inner)]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -65,6 +65,11 @@ def check_store(layout: Layout) -> None:
         if isinstance(error, StoreError):
             raise
         raise StoreError(f"the store '{layout.root}' cannot be read: {error.strerror or error}") from error
+    if type(found) is int and found < SCHEMA:
+        raise StoreError(
+            f"the store '{layout.root}' has schema {found}, but this version knows {SCHEMA}; `smartinit cache migrate` "
+            "makes it one of this version"
+        )
     if found is not None and found != SCHEMA:
         raise StoreError(
             f"the store '{layout.root}' has schema {shown(found)}, but this version knows {SCHEMA}; upgrade smartinit, "

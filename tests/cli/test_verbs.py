@@ -22,7 +22,8 @@ def test_every_verb_is_a_documented_command(verb):
         if isinstance(parameter, click.Option):
             assert parameter.help, f"{verb} {parameter.opts} has no help"
             assert parameter.help.endswith(".")
-    assert any("--json" in parameter.opts for parameter in command.params)
+    for single in command.commands.values() if isinstance(command, click.Group) else [command]:
+        assert any("--json" in parameter.opts for parameter in single.params)
 
 
 def test_help_of_the_verbs_imports_nothing_heavy():
