@@ -7,7 +7,7 @@ import weakref
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from smartinit.errors import ArtefactError, VerificationError
+from smartinit.errors import ArtefactError, UnknownNameError, VerificationError
 from smartinit.store.blobs import check_size, checksum, mapped
 from smartinit.store.regular import open_regular
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 TENSORS = "tensors.safetensors"
 """The file of `Store.put`'s tensors."""
+_SMALL = 1 << 20  # a map keeps a file open, and of these there are not many
 _ADAPTER = "adapter_model.safetensors"
 
 
@@ -32,7 +33,8 @@ class Entry:
 
     Attributes:
         manifest: what it is.
-        files: file name -> where its blob lies; the blobs are not to be written to.
+        files: file name -> where its blob lies; the blobs are not to be written to. If someone removes the entry and
+            prunes at once, the names go; see `content`.
     """
 
     def __init__(
@@ -40,11 +42,12 @@ class Entry:
         manifest: Manifest,
         files: Mapping[str, Path],
         tensors: Mapping[str, Mapping[str, torch.Tensor]],
+        contents: Mapping[str, memoryview],
         lease: Lease | None,
     ) -> None:
         self.manifest = manifest
         self.files = MappingProxyType(dict(files))
-        self._tensors = tensors
+        self._tensors, self._contents = tensors, contents
         self._release = weakref.finalize(self, lease.release) if lease is not None else None
 
     @property
@@ -69,8 +72,20 @@ class Entry:
                 return MappingProxyType(dict(self._tensors[name]))
         raise ArtefactError(f"the entry '{self.key}' holds {', '.join(self.files) or 'nothing'}, but no tensors")
 
+    def content(self, name: str) -> memoryview:
+        """A file's bytes, as they were checked: readable whatever happens to the store. Cost: none.
+
+        Raises:
+            UnknownNameError: it has no such file.
+        """
+        if name not in self._contents:
+            raise UnknownNameError(
+                f"the entry '{self.key}' has no file {name!r}; it has {', '.join(self.files) or 'none'}"
+            )
+        return self._contents[name]
+
     def close(self) -> None:
-        """Give the lease back; tensors stay readable."""
+        """Give the lease back; tensors and contents stay readable."""
         if self._release is not None:
             self._release()
 
@@ -81,8 +96,8 @@ class Entry:
         self.close()
 
 
-def read_blob(path: Path, blob: Blob, *, as_tensors: bool) -> Mapping[str, torch.Tensor]:
-    """The tensors of a blob (none of another file), after its checksum was found right.
+def read_blob(path: Path, blob: Blob, *, as_tensors: bool) -> tuple[memoryview, Mapping[str, torch.Tensor]]:
+    """The bytes of a blob and its tensors (none of another file), after its checksum was found right.
 
     Raises:
         VerificationError: it was changed.
@@ -96,8 +111,10 @@ def read_blob(path: Path, blob: Blob, *, as_tensors: bool) -> Mapping[str, torch
             from smartinit.formats.tensor_file import map_tensors
 
             data, tensors = map_tensors(path, blob.size)
+        elif blob.size <= _SMALL:
+            data = memoryview(file.read(_SMALL + 1))
         else:
             data = mapped(file, blob.size)
     if checksum(data) != blob.xxh3:
         raise VerificationError(f"'{path}' was changed: its checksum differs")
-    return tensors
+    return data.toreadonly(), tensors

@@ -28,6 +28,7 @@ from smartinit.store.leases import take_lease
 from smartinit.store.manifest import MAX_BYTES, Manifest
 from smartinit.store.regular import read_small
 from smartinit.store.sources import chunks, describe, gather, size
+from smartinit.store.trash import put_back
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -218,18 +219,21 @@ class LocalStore:
         warnings.warn(f"{why}; {done}", stacklevel=4)
 
     def _open(self, manifest: Manifest, lease: Lease | None, *, as_tensors: bool) -> Entry | None:
-        files, tensors = {}, {}
+        files, tensors, contents = {}, {}, {}
         for name, blob in manifest.blobs.items():  # all of them: a broken one that stayed would break the next entry
             path = self.layout.blob(blob.sha256)
+            if not self.read_only and not path.exists():
+                put_back(self.layout, blob.sha256)
             files[name], which = path, _which(path)
+            mapped = as_tensors and name.endswith(".safetensors")
             try:
-                tensors[name] = read_blob(path, blob, as_tensors=as_tensors and name.endswith(".safetensors"))
+                contents[name], tensors[name] = read_blob(path, blob, as_tensors=mapped)
             except (VerificationError, ArtefactError) as error:
                 self.discard(path, f"entry '{manifest.key}': {error}", which)
             except (OSError, RuntimeError) as error:
                 if getattr(error, "errno", None) not in _LOST and path.exists():
                     warnings.warn(f"entry '{manifest.key}': '{path}' cannot be read ({error})", stacklevel=3)
-        return Entry(manifest, files, tensors, lease) if len(tensors) == len(manifest.blobs) else None
+        return Entry(manifest, files, tensors, contents, lease) if len(tensors) == len(manifest.blobs) else None
 
     def _write(
         self, draft: Manifest, sources: Mapping[str, Source], *, replace: bool, compare: frozenset[str] | None
@@ -308,6 +312,7 @@ class LocalStore:
             there = None if replace else self._whole(manifest.key)
             if there is not None:
                 durable.flush_folder(path.parent)  # who has put it there may not have come so far
+                self.mark_used(manifest.key)
                 break
             if not (replace or path.exists()) and durable.publish_once(unfinished, path):
                 break

@@ -131,9 +131,11 @@ class _Sweeper:
             if not busy:
                 self._discard(ENTRY, going.key, going.entry.modified_ns)
             ours[going.key] = going
-        trash, pinned = trash_of(self.layout, ENTRY), pinned_keys(self.layout)
+        trash = trash_of(self.layout, ENTRY)
+        # Readers lease first and look then, so one of both sees the other.
+        wanted = pinned_keys(self.layout) | leased_keys(self.layout)
         count = 0
-        for item, freed in settle(self.layout, trash, ENTRY, pinned.__contains__):
+        for item, freed in settle(self.layout, trash, ENTRY, wanted.__contains__):
             ours.pop(item.name, None)
             count += 1
             self.bytes += freed
