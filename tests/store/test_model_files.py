@@ -300,6 +300,14 @@ def test_each_file_is_read_once(folder, memo, reads):
     assert reads == []
 
 
+def test_bytes_and_tensors_of_a_file_are_remembered_apart(folder, memo, reads):
+    path = folder / "model.safetensors"
+    for _ in range(2):
+        found = files_fingerprint(path, memo)
+        assert file_sha256(path, memo) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert len(reads) == len(found.tensors) + 1
+
+
 def test_a_memo_that_cannot_be_written_is_no_error(folder, tmp_path, reads):
     (tmp_path / "file").write_text("")
     first = files_fingerprint(folder, tmp_path / "file" / "memo")
@@ -484,7 +492,9 @@ def test_a_file_that_only_has_such_a_name_is_known_by_its_own(hub, memo, tmp_pat
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     other.write_bytes(content)
-    assert file_sha256(other, memo) == hashlib.sha256(content).hexdigest() != first
+    (tmp_path / "link").symlink_to(other)
+    for path in (other, tmp_path / "link"):
+        assert file_sha256(path, memo) == hashlib.sha256(content).hexdigest() != first
 
 
 # --- cost ----------------------------------------------------------------------------------------------------------
