@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import shutil
 import time
-import warnings
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from smartinit.cli.checks import check_output_folder, check_plot
-from smartinit.cli.exit_codes import check_interrupt
-from smartinit.cli.model_folder import check_model_folder, is_local
-from smartinit.cli.options import adapter_options, data_options, model_options, output_options
+from smartinit.cli.options import (
+    adapter_options,
+    data_options,
+    model_options,
+    output_options,
+    pass_options,
+    store_options,
+)
 from smartinit.cli.output import Output
 from smartinit.cli.request import read_request
-from smartinit.data.source import find_source
-from smartinit.errors import ConfigError, ModelError
+from smartinit.cli.running import check_inputs, look_up, run
+from smartinit.cli.stored import StoredRequest, StoreMayFail, open_store, place_of, stored_key
+from smartinit.cli.summary import render, summarise
+from smartinit.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,17 +33,16 @@ if TYPE_CHECKING:
     from torch import nn
 
     from smartinit.artefact import Artefact
-    from smartinit.cli.load_model import ModelSource
     from smartinit.cli.request import Request
-    from smartinit.data import Batches
-    from smartinit.data.source import Source
+    from smartinit.cli.stored import Found
 
 
 @click.command("compute")
 @model_options()
 @data_options(required=False)
 @adapter_options()
-@click.option("--skip-bad-batches", is_flag=True, help="Count and skip batches with NaN or Inf in a layer's input.")
+@pass_options()
+@store_options()
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Adapter folder to write.")
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
 @click.option(
@@ -63,25 +68,64 @@ def command(**options: Any) -> None:  # noqa: ANN401 - click's options
 
     Methods that look at weights alone need no data. Otherwise the data is tokenised with the model's own tokenizer and
     run through the model once, or until every layer has settled. The folder loads in PEFT and in every trainer that
-    takes a PEFT adapter.
+    takes a PEFT adapter. What the store has is not computed again: the same request neither loads the model nor reads
+    the data's rows, other ranks or methods of the same statistics need no pass over the data.
     """
     output = Output(as_json=options["as_json"], quiet=options["quiet"])
     request = read_request(options)
     check_output_folder(options["out"], force=options["force"])
     check_plot(options["plot"])
     with output.work():
-        base_out = _base_folder(request, options)
-        artefact, model = run(request, options, output)
-        with _removed_on_error(base_out):
-            if base_out is not None:
-                output.log(f"writing the base model to {base_out}")
-                _write_base(artefact, model, base_out, options)
-            artefact.save(options["out"], force=options["force"], base=options["base"])
-        if options["plot"] is not None:
-            from smartinit.report.figure import plot_artefact
+        check_inputs(request, options)
+        started = time.perf_counter()
+        stored = StoredRequest(request, options, open_store(options))
+        found = None if options["refresh"] else look_up(stored, output)
+        shown, base_out = None, None
+        if found is not None and _is_all(found, options):
+            with StoreMayFail("the stored artefact cannot be copied", strict=options["no_compute"]):
+                found.copy(options["out"], force=options["force"])
+                shown = Shown(found.summary, "artefact", found.key)
+        if shown is None:
+            shown, base_out = _produce(stored, found, output)
+        if found is not None and shown.hit == "artefact":
+            shown.summary["seconds"] = {"store": round(time.perf_counter() - started, 3)}
+    show(shown, output, stored, base_out=base_out)
 
-            plot_artefact(artefact, options["plot"])
-    show(artefact, output, out=options["out"], plot=options["plot"], base_out=base_out)
+
+def _is_all(found: Found, options: dict[str, Any]) -> bool:
+    """Whether the stored folder is the output as it stands."""
+    extras = options["plot"] is not None or options["base_out"] is not None
+    return found.keeps_base and found.says(options) and not extras
+
+
+def _produce(stored: StoredRequest, found: Found | None, output: Output) -> tuple[Shown, Path | None]:
+    """Write what was found or is computed now, with its base model and figure."""
+    options = dict(stored.options)
+    base_out = _base_folder(stored.request, options)
+    artefact, model = None, None
+    if found is not None:
+        with StoreMayFail("the stored artefact cannot be read", strict=options["no_compute"]):
+            artefact = found.artefact(options)
+    if artefact is None:
+        artefact, model = run(stored, output)
+    with _removed_on_error(base_out):
+        if base_out is not None:
+            output.log(f"writing the base model to {base_out}")
+            _write_base(artefact, model or _load(options, output), base_out, options)
+        artefact.save(options["out"], force=options["force"], base=options["base"])
+    if options["plot"] is not None:
+        from smartinit.report.figure import plot_artefact
+
+        plot_artefact(artefact, options["plot"])
+    return Shown.of(artefact), base_out
+
+
+def _load(options: dict[str, Any], output: Output) -> nn.Module:
+    from smartinit.cli.load_model import find_model, load_weights
+
+    output.log(f"loading {options['model']}")
+    source = find_model(options["model"], trust_remote_code=options["trust_remote_code"])
+    return load_weights(source, dtype=options["dtype"], device=options["device"])
 
 
 @contextmanager
@@ -142,133 +186,47 @@ def _write_base(artefact: Artefact, model: nn.Module, folder: Path, options: dic
 
 
 @dataclass(frozen=True)
-class Opened:
-    """Model and data, found and checked, weights not loaded yet."""
+class Shown:
+    """What is said of the result.
 
-    model: ModelSource
-    request: Request
-    source: Source | None = None
-    batches: Batches | None = None
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """What the data was, for the record."""
-        if self.source is None:
-            return {"data": None}
-        return {"data_sha256": self.source.sha256, "batches_of": self.request.sampling.as_dict()}
-
-
-def open_inputs(request: Request, options: dict[str, Any], output: Output) -> Opened:
-    """Find model and data and tokenise the first rows: what is wrong with either shows before weights are loaded."""
-    from smartinit.cli.load_model import find_model, load_tokenizer, longest_input
-    from smartinit.data import read_batches
-
-    if not reads_data(request, options, output):
-        return Opened(find_model(options["model"], trust_remote_code=options["trust_remote_code"]), request)
-    output.log(f"reading {options['data']}")
-    source = find_source(options["data"], split=request.sampling.split)
-    model = find_model(options["model"], trust_remote_code=options["trust_remote_code"])
-    tokenizer = load_tokenizer(model)
-    longest = longest_input(model, tokenizer)
-    if longest is not None and longest < request.sampling.max_length:
-        request = replace(request, sampling=replace(request.sampling, max_length=longest))
-    batches = read_batches(source, tokenizer, request.sampling, causal=model.causal, vocab_size=model.vocab_size)
-    return Opened(model, request, source, batches)
-
-
-def reads_data(request: Request, options: dict[str, Any], output: Output) -> bool:
-    """Whether the method looks at data.
-
-    Raises:
-        ConfigError: it does and there is none; an option of the method that it does not have.
+    Attributes:
+        summary: see `smartinit.cli.summary`.
+        hit: what the store had: the artefact, its spectra, or nothing.
+        key: of the artefact's entry; of the recipe, if it is not in a store.
     """
-    from smartinit.initialisation import resolve_method
 
-    method = resolve_method(request.config)
-    if method.needs is not None and options["data"] is None:
-        raise ConfigError(f"the method '{method.name}' looks at data: pass --data with a file or a dataset's id")
-    if method.needs is None and options["data"] is not None:
-        output.log(f"{method.name} looks at weights alone: --data is not read")
-    return method.needs is not None
+    summary: dict[str, Any]
+    hit: str | None
+    key: str
 
-
-def run(request: Request, options: dict[str, Any], output: Output) -> tuple[Artefact, nn.Module]:
-    """Everything between the checks and the saving: what was computed, and the model."""
-    if is_local(options["model"]):
-        check_model_folder(Path(options["model"]).expanduser())
-    if options["data"] is not None:
-        find_source(options["data"], split=request.sampling.split)
-    output.log("loading libraries")
-    from smartinit.cli.load_model import load_weights
-    from smartinit.data import read_batches  # noqa: F401 - importing `datasets` takes time that is not the data's
-    from smartinit.pipeline import compute
-
-    started = time.perf_counter()
-    opened = open_inputs(request, options, output)
-    read = time.perf_counter()
-    check_interrupt()
-    output.log(f"loading {options['model']}")
-    check_request(request, opened.model)
-
-    model = load_weights(opened.model, dtype=options["dtype"], device=options["device"])
-    loaded = time.perf_counter()
-    check_interrupt()
-    config = request.config
-    if opened.model.causal:
-        # Some trainers refuse a folder that does not say it.
-        config = replace(config, task_type="CAUSAL_LM")
-    artefact = compute(
-        model,
-        config,
-        opened.batches,
-        max_batches=request.max_batches,
-        seed=request.sampling.seed,
-        skip_bad_batches=options["skip_bad_batches"],
-        show_progress_bar=not output.quiet,
-        provenance={
-            "model": options["model"],
-            "data": options["data"],
-            **opened.provenance,
-        },
-        **request.planner_options(),
-    )
-    check_interrupt()
-    finished = replace(
-        artefact,
-        provenance={**artefact.provenance, **({"dropped_rows": opened.batches.dropped} if opened.batches else {})},
-        timings={"data": read - started, "model": loaded - read, **artefact.timings},
-    )
-    return finished, model
+    @classmethod
+    def of(cls, artefact: Artefact) -> Shown:
+        """Of an artefact at hand."""
+        note = artefact.provenance.get("store") or {}
+        key = stored_key(artefact) or artefact.recipe.digest
+        return cls(summarise(artefact), note.get("hit"), key)
 
 
-def check_request(request: Request, model: ModelSource) -> None:
-    """Refuse methods and targets that cannot be before gigabytes of weights are loaded.
-
-    Raises:
-        ConfigError: no layer matches, or a rank is above ``min(in, out)``.
-    """
-    from smartinit.cli.load_model import meta_model
-    from smartinit.initialisation import resolve_method
-    from smartinit.targets import check_ranks, select_targets
-
-    hosts = resolve_method(request.config).hosts
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they come again with the real model
-        with suppress(ModelError):  # a model that cannot be built without weights is checked with them
-            check_ranks(select_targets(meta_model(model), request.config, hosts=hosts), request.config)
-
-
-def show(artefact: Artefact, output: Output, *, out: Path, plot: Path | None, base_out: Path | None = None) -> None:
+def show(shown: Shown, output: Output, stored: StoredRequest, *, base_out: Path | None = None) -> None:
     """Print the summary and where the files lie."""
-    from smartinit.cli.summary import render, summarise
-
-    summary = summarise(artefact)
-    document = {"hit": None, "key": artefact.recipe.digest, "out": str(out), "summary": summary}
-    lines = [render(summary), "", f"adapter: {out}"]
+    options, store = stored.options, stored.store
+    place = None if store is None else place_of(store)
+    document = {"hit": shown.hit, "key": shown.key, "out": str(options["out"]), "store": place}
+    lines = [render(shown.summary), ""]
+    if place is not None:
+        lines.append(f"store:   {_said(shown.hit, place)} ({shown.key[:12]})")
+    lines.append(f"adapter: {options['out']}")
     if base_out is not None:
         document["base_out"] = str(base_out)
         lines.append(f"base:    {base_out}, the model that this adapter is to be trained on")
-    if plot is not None:
-        document["plot"] = str(plot)
-        lines.append(f"figure:  {plot}")
-    output.result(document, "\n".join(lines))
+    if options["plot"] is not None:
+        document["plot"] = str(options["plot"])
+        lines.append(f"figure:  {options['plot']}")
+    output.result({**document, "summary": shown.summary}, "\n".join(lines))
+
+
+def _said(hit: str | None, place: str) -> str:
+    return {
+        "artefact": f"a hit in {place}: nothing was computed",
+        "spectra": f"a hit in {place}: no pass over the data, only ranks and factors were computed",
+    }.get(str(hit), f"kept in {place}")

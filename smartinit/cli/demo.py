@@ -11,11 +11,12 @@ import click
 
 from smartinit.cli.checks import check_output_folder
 from smartinit.cli.compute import command as compute_command
-from smartinit.cli.compute import run
 from smartinit.cli.exit_codes import OK, UNVERIFIED
 from smartinit.cli.options import output_options
 from smartinit.cli.output import Output
 from smartinit.cli.request import read_request
+from smartinit.cli.running import run
+from smartinit.cli.stored import StoredRequest
 
 if TYPE_CHECKING:
     from smartinit.artefact import Artefact
@@ -56,7 +57,7 @@ def command(*, out: Path, as_json: bool, quiet: bool, **options: Any) -> int:  #
     request = read_request(wanted)
     check_output_folder(adapter, force=True)
     with output.work():
-        artefact, _ = run(request, wanted, output)
+        artefact, _ = run(StoredRequest(request, wanted, None), output)  # a demo of computing: it asks no store
         artefact.save(adapter, force=True)
         figure = _plot(artefact, out / "figure.png")
         starts = _starts_at_base(wanted["model"], wanted["data"], adapter)

@@ -33,6 +33,8 @@ _CODES: tuple[tuple[type[BaseException], int], ...] = (
     (errors.DataError, BAD_DATA),
     (errors.ModelError, BAD_DATA),
     (errors.ArtefactError, BAD_DATA),
+    (errors.NotStoredError, NOT_STORED),
+    (errors.StoreError, FAILED),
     (errors.SmartinitError, USAGE),
     (click.ClickException, USAGE),
     (MemoryError, OUT_OF_MEMORY),
@@ -59,7 +61,7 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, click.ClickException):
         command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "smartinit"
         return f"{' '.join(error.format_message().split()).rstrip('.')}; see '{command} --help'"
-    if code == FAILED:
+    if code == FAILED and not isinstance(error, errors.SmartinitError):
         return f"{type(error).__name__}: {_line(error)}; set SMARTINIT_DEBUG=1 for the traceback"
     return _line(error)
 

@@ -161,6 +161,37 @@ def adapter_options() -> Callable[[F], F]:
     )
 
 
+def pass_options() -> Callable[[F], F]:
+    """How the pass over the data is made."""
+    return _all(
+        click.option(
+            "--skip-bad-batches", is_flag=True, help="Count and skip batches with NaN or Inf in a layer's input."
+        )
+    )
+
+
+def store_options(*, computes: bool = True) -> Callable[[F], F]:
+    """Where results are kept and found."""
+    decorators = [
+        click.option(
+            "--store",
+            multiple=True,
+            metavar="DIR_OR_URL",
+            help="Store of results; SMARTINIT_CACHE or cache if not given. The first is written; may be repeated for "
+            "others that are read too.",
+        )
+    ]
+    if computes:
+        decorators += [
+            click.option("--no-store", is_flag=True, help="Neither look results up nor keep them."),
+            click.option(
+                "--no-compute", is_flag=True, help="Only what is stored: exit with 3 rather than run the model."
+            ),
+            click.option("--refresh", is_flag=True, help="Compute in any case, and replace what is stored."),
+        ]
+    return _all(*decorators)
+
+
 def output_options(*, quiet: bool = True) -> Callable[[F], F]:
     """How results are shown."""
     decorators = [click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")]

@@ -26,6 +26,9 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
     {
         "compute": Verb("smartinit.cli.compute", "Compute the starting point of an adapter from a model and data."),
         "plan": Verb("smartinit.cli.plan", "Say what compute would do, without weights or data in memory."),
+        "get": Verb("smartinit.cli.get", "Print where a stored adapter lies; nothing is computed."),
+        "explain": Verb("smartinit.cli.explain", "Say in what two requests differ, or one from what is stored."),
+        "cache": Verb("smartinit.cli.cache", "Look after the store: list, check, make room, pin, share."),
         "inspect": Verb("smartinit.cli.inspect", "Show what an adapter folder holds."),
         "convert": Verb("smartinit.cli.convert", "Turn a trained split into plain LoRA for the unmodified base."),
         "export": Verb("smartinit.cli.export", "Write an adapter for Megatron, or one of Megatron for PEFT."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import json
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ MOST = 2000
 """Entries that are compared: those which were used last."""
 Difference = tuple[str, object, object]
 _SHOWN, _LENGTH = 8, 40
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def explain(store: Store, request: Any) -> str:  # noqa: ANN401 - see Args
@@ -48,15 +50,18 @@ def explain(store: Store, request: Any) -> str:  # noqa: ANN401 - see Args
     return _explain_recipe(store, recipe)
 
 
-def nearest(store: Store, key: Key) -> tuple[Manifest, list[Difference]] | None:
+def nearest(store: Store, key: Key, *, but: str | None = None) -> tuple[Manifest, list[Difference]] | None:
     """The entry of the same kind that differs in the fewest leaves, and these: path, our value, its value.
 
-    None if there is no entry of that kind among the `MOST` that were used last. Of equals the one used last.
+    None if there is no entry of that kind among the `MOST` that were used last. Of equals the one used last; the entry
+    named ``but`` does not count.
 
     Cost: one listing of the store's times of use, and `MOST` small files; memory for one of them.
     """
     best: tuple[Manifest, list[Difference]] | None = None
     for manifest in recent(store, key.kind):
+        if manifest.key == but:
+            continue
         found = differences(key.leaves, manifest.leaves)
         if best is None or len(found) < len(best[1]):
             best = manifest, found
@@ -104,9 +109,22 @@ def recent(store: Store, kind: str) -> Iterator[Manifest]:
 
 def describe(found: list[Difference], *, most: int = _SHOWN) -> str:
     """Differing leaves in words: ``plan.rank (8, there 16), data (…)``."""
-    parts = [f"{path or 'everything'} ({shown(ours)}, there {shown(theirs)})" for path, ours, theirs in found[:most]]
-    more = f" and {len(found) - most} more" if len(found) > most else ""
+    rows = folded(found)
+    parts = [f"{path or 'everything'} ({shown(ours)}, there {shown(theirs)})" for path, ours, theirs in rows[:most]]
+    more = f" and {len(rows) - most} more" if len(rows) > most else ""
     return ", ".join(parts) + more
+
+
+def folded(found: list[Difference]) -> list[Difference]:
+    """The same with one path for leaves of many layers that differ in the same way, the shortest paths first."""
+    groups: dict[tuple[str, str, str], list[Difference]] = {}
+    for path, ours, theirs in found:
+        groups.setdefault((_NUMBER.sub("*", path), shown(ours), shown(theirs)), []).append((path, ours, theirs))
+    rows = [
+        group[0] if len(group) == 1 else (f"{general} ({len(group)}×)", *group[0][1:])
+        for (general, _, _), group in groups.items()
+    ]
+    return sorted(rows, key=lambda row: row[0].count("."))
 
 
 def shown(value: object) -> str:

@@ -42,12 +42,14 @@ class Remembered:
         versions: library -> version, as they were.
         first: digest of the first `BATCHES` batches; None for methods that read none.
         certain: whether the versions are those of now, so that the data need no look.
+        about: what the caller noted besides.
     """
 
     artefact: str
     versions: Mapping[str, str]
     first: str | None
     certain: bool
+    about: Mapping[str, Any]
 
 
 def library_versions() -> dict[str, str]:
@@ -75,7 +77,14 @@ def recall(store: Store, leaves: Mapping[str, Any]) -> Remembered | None:
     return None
 
 
-def remember(store: Store, leaves: Mapping[str, Any], artefact: str, first: str | None) -> None:
+def remember(
+    store: Store,
+    leaves: Mapping[str, Any],
+    artefact: str,
+    *,
+    first: str | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
     """Note where the request led, under the versions of now.
 
     Args:
@@ -83,11 +92,12 @@ def remember(store: Store, leaves: Mapping[str, Any], artefact: str, first: str 
         leaves: the request.
         artefact: key of an artefact in the store.
         first: see `Remembered.first`.
+        about: JSON values to be given back with it.
 
     Raises:
         StoreError: it cannot be written.
     """
-    meta = {"artefact": check_name(artefact), "first": first}
+    meta = {"artefact": check_name(artefact), "first": first, "about": dict(about or {})}
     key = _key(leaves, library_versions())
     there = store.local.peek(key)
     if there is not None and dict(there.meta) == meta:
@@ -125,13 +135,15 @@ def _read(store: Store, name: str, leaves: Mapping[str, Any], now: Mapping[str, 
     if manifest is None or manifest.kind != KIND:
         return None
     versions = manifest.leaves.get("versions")
-    artefact, first = manifest.meta.get("artefact"), manifest.meta.get("first")
-    if not isinstance(versions, dict) or not _is_digest(artefact) or not (first is None or _is_digest(first)):
+    artefact, first, about = (manifest.meta.get(name) for name in ("artefact", "first", "about"))
+    if not isinstance(versions, dict) or not isinstance(about, dict):
+        return None
+    if not _is_digest(artefact) or not (first is None or _is_digest(first)):
         return None
     if _key(leaves, versions).digest != name or Key(manifest.kind, manifest.leaves).digest != name:
         return None
     store.local.mark_used(name)
-    return Remembered(str(artefact), versions, first, certain=versions == dict(now))
+    return Remembered(str(artefact), versions, first, certain=versions == dict(now), about=about)
 
 
 def _version(name: str) -> str:

@@ -120,6 +120,18 @@ def adapter(run_cli, model_folder, data_file, tmp_path):
     return folder
 
 
+@pytest.fixture
+def compute(run_cli, model_folder, data_file, tmp_path):
+    """Run compute with options that work, unless others are given."""
+
+    def run(*arguments, **options):
+        given = {"model": model_folder, "data": data_file, "out": tmp_path / "adapter", "rank": 4} | options
+        named = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+        return run_cli("compute", *named, *arguments)
+
+    return run
+
+
 @pytest.fixture(autouse=True)
 def _leaves_no_temporary_file(tmp_path, monkeypatch):
     """Nothing outlives a verb but its output: neither in the folder for temporary files nor beside the output."""

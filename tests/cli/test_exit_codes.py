@@ -24,6 +24,8 @@ ERRORS = [
     (errors.MissingDependencyError("a"), 2),
     (click.UsageError("a"), 2),
     (click.BadParameter("a"), 2),
+    (errors.StoreError("a"), 1),
+    (errors.NotStoredError("a"), 3),
     (errors.VerificationError("a"), 4),
     (MemoryError("a"), 5),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 5),

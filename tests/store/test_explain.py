@@ -8,7 +8,7 @@ from smartinit.errors import ArgumentError, ConfigError, NotStoredError
 from smartinit.recipe import Recipe
 from smartinit.store import Key, Store
 from smartinit.store import explain as explaining
-from smartinit.store.explain import explain, keyed, nearest, nearest_recipe, recent, shown
+from smartinit.store.explain import describe, explain, folded, keyed, nearest, nearest_recipe, recent, shown
 from smartinit.store.naming import find_key
 
 
@@ -48,6 +48,25 @@ def test_digests_are_cut_and_nothing_of_a_leaf_reaches_the_terminal(store):
     text = explain(store, key(name=""))
     assert 'model (aaaaaaaaaaaa…, there bbbbbbbbbbbb…), name ("", there "\\u001b[2Jgone")' in text
     assert len(shown(list(range(100)))) == 41
+
+
+def test_leaves_of_many_layers_are_one_line_and_short_paths_come_first(store):
+    def of(rank, other):
+        ranks = {f"layers.{i}.q": rank for i in range(3)} | {"layers.3.q": other}
+        return Key("artefact", {"alphas": ranks, "config": {"r": rank}})
+
+    store.put(of(4, 5))
+    found = nearest(store, of(8, 9))[1]
+    assert folded(found) == [("config.r", 8, 4), ("alphas.layers.*.q (3×)", 8, 4), ("alphas.layers.3.q", 9, 5)]
+    assert describe(found).startswith("config.r (8, there 4), alphas.layers.*.q (3×) (8, there 4), ")
+    assert describe(found, most=1) == "config.r (8, there 4) and 2 more"
+
+
+def test_itself_need_not_count(store):
+    store.put(key())
+    assert nearest(store, key(), but=key().digest) is None
+    store.put(key(rank=8))
+    assert nearest(store, key(), but=key().digest)[0].key == key(rank=8).digest
 
 
 def test_only_entries_of_the_same_kind_are_compared(store):
