@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,8 @@ from smartinit.formats.files import new_folder
 from smartinit.store.keys import check_name
 
 if TYPE_CHECKING:
+    import os
+
     from smartinit.store.keys import Key
     from smartinit.store.local import LocalStore
 
