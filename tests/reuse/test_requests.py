@@ -152,6 +152,12 @@ def test_as_many_batches_as_there_are_is_no_difference(store: Any) -> None:
     assert found(store, new_model(), [*new_batches(), *new_batches(seed=9)], max_batches=6) == "artefact"
 
 
+def test_more_rows_are_a_miss(store: Any) -> None:
+    more = [*new_batches(), *new_batches(seed=9)]
+    assert found(store, new_model(), more) is None
+    assert found(store, new_model(), more, "corda") is None
+
+
 def test_more_rows_than_were_read_are_a_miss_unless_the_layers_had_settled(tmp_path: Path) -> None:
     more = new_batches(12, 32, 32)
     easy, hard = lora(eva=dict(tau=0.01)), lora(eva=dict(tau=1.0))
