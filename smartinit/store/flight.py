@@ -61,9 +61,10 @@ def _lock(layout: Layout, key: str) -> filelock.BaseFileLock:
     path = layout.locks / f"{key}.lock"
     if path.is_symlink():  # older versions of filelock would empty the file that it leads to
         raise OSError(errno.ELOOP, "it is a link", str(path))
-    if durable.team_bits(layout.locks) is None:  # the umask decides
+    shared = durable.team_bits(layout.locks)
+    if shared is None:  # the umask decides
         return filelock.FileLock(path, thread_local=False)
-    return filelock.FileLock(path, thread_local=False, mode=0o664)
+    return filelock.FileLock(path, thread_local=False, mode=0o666 & shared)
 
 
 def _wait(lock: filelock.BaseFileLock, key: str, timeout: float, tell: Callable[[str], None] | None) -> bool:
