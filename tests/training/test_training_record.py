@@ -173,6 +173,18 @@ def test_active_runs_of_trackers_get_it(lab, start, train, monkeypatch):
     assert said["mlflow"]["smartinit_init.recipe"] == start.recipe.digest
 
 
+def test_by_its_key_in_the_store(lab, tmp_path):
+    batches, store = lab.batches(2), si.Store(tmp_path / "cache")
+    config = lab.config(init_lora_weights="eva")
+    stored = si.compute(lab.base(), config, batches, store=store, show_progress_bar=False)
+    key = stored.provenance["store"]["key"]
+    for name, place in ((key, store), (key[:8], tmp_path / "cache")):
+        recorder = si.InitRecorder(name, store=place)
+        assert recorder.digests["tensors"] == tensors_digest(stored.factors)
+        assert recorder.artefact.recipe.digest == stored.recipe.digest
+    assert si.InitRecorder(stored).digests["key"] == key
+
+
 def test_what_names_no_start(tmp_path):
     with pytest.raises(ArgumentError, match="not a int"):
         si.InitRecorder(3)
