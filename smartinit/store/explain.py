@@ -8,24 +8,32 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from smartinit.errors import ArgumentError, ConfigError, NotStoredError
 from smartinit.store.keys import Key, differences
-from smartinit.store.naming import find_key
+from smartinit.store.naming import Names, find_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from smartinit.store.manifest import Manifest
-    from smartinit.store.store import Store
+    from smartinit.store.local import LocalStore
 
 MOST = 2000
 """Entries that are compared: those which were used last."""
 Difference = tuple[str, object, object]
 _SHOWN, _LENGTH = 8, 40
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+class Store(Names, Protocol):
+    """What is asked of a `smartinit.store.Store`, which uses this module."""
+
+    @property
+    def local(self) -> LocalStore:
+        """The one that is written."""
 
 
 def explain(store: Store, request: Any) -> str:  # noqa: ANN401 - see Args
@@ -147,7 +155,7 @@ def _explain_name(store: Store, name: str) -> str:
 
 
 def _explain_key(store: Store, key: Key) -> str:
-    if store.peek(key) is not None:
+    if store.peek(key.digest) is not None:
         return f"the store has {_named(key.kind, key.digest)}"
     found = nearest(store, key)
     start = f"the store does not have {_named(key.kind, key.digest)}"
