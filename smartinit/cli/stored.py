@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 from smartinit import __version__
 from smartinit.cli.summary import summarise_record
 from smartinit.data.source import find_source
-from smartinit.errors import ConfigError, NotStoredError, OutputError, SmartinitError, StoreError, VerificationError
+from smartinit.errors import (
+    ConfigError,
+    ModelError,
+    NotStoredError,
+    OutputError,
+    SmartinitError,
+    StoreError,
+    VerificationError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -239,10 +247,14 @@ class StoredRequest:
 
         if self.store is None:
             return None
-        found = model_fingerprint(model)
+        try:
+            found = model_fingerprint(model)
+        except ModelError:  # one that nothing identifies: the computation says so
+            return None
         if self.leaves is not None:
             with StoreMayFail("the model is not remembered"):
-                self.store.put(self._model_key(), files={_MODEL: canonical(vars(found))})
+                if self.store.local.peek(self._model_key()) is None:
+                    self.store.put(self._model_key(), files={_MODEL: canonical(vars(found))})
         return found
 
     def _model_key(self) -> Key:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from smartinit.store.manifest import Manifest
     from smartinit.store.local import LocalStore
+    from smartinit.store.manifest import Manifest
 
 MOST = 2000
 """Entries that are compared: those which were used last."""
