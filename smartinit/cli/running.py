@@ -176,6 +176,7 @@ def _compute(
     from smartinit.pipeline import compute
 
     options, request = stored.options, opened.request
+    unloaded = {} if any(not weight.is_meta for weight in model.parameters()) else {"device": None, "dtype": None}
     config = request.config
     if opened.model.causal:
         # Some trainers refuse a folder that does not say it.
@@ -191,7 +192,7 @@ def _compute(
         seed=request.sampling.seed,
         skip_bad_batches=options["skip_bad_batches"],
         show_progress_bar=not output.quiet,
-        provenance={"model": options["model"], "data": options["data"], **opened.provenance},
+        provenance={"model": options["model"], "data": options["data"], **opened.provenance, **unloaded},
         **request.planner_options(),
     )
 
