@@ -485,8 +485,8 @@ def test_a_blob_that_was_written_to_is_read_again(hub, memo):
 
 def test_a_file_that_only_has_such_a_name_is_known_by_its_own(hub, memo, tmp_path):
     """Not linked to from a snapshot: nobody says that its name is its content's."""
-    weights = (hub / "snapshots" / ("1" * 40) / "model.safetensors").resolve()
-    other = tmp_path / "blobs" / weights.name
+    weights = hub / "snapshots" / ("1" * 40) / "model.safetensors"
+    other = tmp_path / "blobs" / weights.resolve().name
     other.parent.mkdir()
     first = file_sha256(weights, memo)
     content = bytearray(weights.read_bytes())
