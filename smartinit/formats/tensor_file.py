@@ -139,12 +139,12 @@ def tensors_in(whole: torch.Tensor, where: str) -> dict[str, torch.Tensor]:
 
 
 def places_for(
-    head: Callable[[int], bytes], size: int, where: str, into: Mapping[str, torch.Tensor]
+    read: Callable[[int], bytes], size: int, where: str, into: Mapping[str, torch.Tensor]
 ) -> tuple[bytes, list[memoryview]]:
     """Where the bytes of a file belong, if its tensors are to be read into others.
 
     Args:
-        head: gives so many of the file's first bytes.
+        read: gives the file's next bytes, as many as it is asked for.
         size: of the file, bytes.
         where: the file's name, for messages.
         into: of the names, shapes and dtypes in the file, on the CPU and contiguous.
@@ -153,22 +153,23 @@ def places_for(
         The file up to the first tensor, and the memory of the tensors in the file's order.
 
     Raises:
-        ArtefactError: no safetensors file, or other tensors than those of ``into``.
+        ArtefactError: no safetensors file.
+        ArgumentError: other tensors than those of ``into``.
     """
-    first = head(8)
-    length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0  # noqa: PLR2004 - the length of a length
-    content = head(8 + min(length, MAX_HEADER, size))
+    content = read(8)
+    if len(content) == 8:  # noqa: PLR2004 - the length of a length
+        content += read(min(struct.unpack("<Q", content)[0], MAX_HEADER, size))
     start, header = parse_header(content, size, where)
     header.pop(_METADATA, None)
     if header.keys() != into.keys():
         odd = next(iter(header.keys() ^ into.keys()))
-        raise ArtefactError(f"'{where}' and the tensors to read it into differ in the names, such as {shown(odd)}")
+        raise ArgumentError(f"'{where}' and the tensors to read it into differ in the names, such as {shown(odd)}")
     places = []
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         tensor, dtype, shape = into[name], _TORCH[entry["dtype"]], tuple(entry["shape"])
         plain = tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
         if not plain or tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            raise ArtefactError(
+            raise ArgumentError(
                 f"tensor {shown(name)} of '{where}' is {dtype} {shape}, which cannot be read into one that is "
                 f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; give a contiguous one like it"
             )
@@ -203,7 +204,7 @@ def parse_header(data: Any, size: int, where: str) -> tuple[int, dict[str, Any]]
     Raises:
         ArtefactError: it is none, or contradicts itself.
     """
-    length = struct.unpack("<Q", bytes(data[:8]))[0] if size >= 8 else size  # noqa: PLR2004 - the length of a length
+    length = struct.unpack("<Q", bytes(data[:8]))[0] if len(data) >= 8 else size  # noqa: PLR2004 - the length of a length
     if length > min(MAX_HEADER, size - 8):
         raise ArtefactError(
             f"'{where}' is no safetensors file, or a part of one: it has {size} bytes, and its header would have "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import xxhash
 
 from smartinit.errors import VerificationError
-from smartinit.store.blobs import PIECE, THREADS, check_size
+from smartinit.store.blobs import PIECE, THREADS, check_size, mapped
 from smartinit.store.regular import open_regular
 
 if TYPE_CHECKING:
@@ -23,45 +24,41 @@ if TYPE_CHECKING:
 
 _STEP = 1 << 20  # bytes that are read and then digested while the processor's cache still has them
 _MOST_BUFFERS = 512  # that one call of the system fills
+_SEEKING = threading.Lock()
 
 
-def own_tensors(path: Path, blob: Blob) -> dict[str, torch.Tensor]:
-    """A blob's tensors in memory of one's own.
+def own_tensors(
+    path: Path, blob: Blob, into: Mapping[str, torch.Tensor] | None = None
+) -> tuple[memoryview, dict[str, torch.Tensor]]:
+    """A blob's bytes and the tensors in them, which lie in memory of one's own.
 
-    Cost: one read, less than mapping and copying the tensors would take.
+    Args:
+        path: of the blob.
+        blob: what it should be.
+        into: tensors of the same names, shapes and dtypes, on the CPU and contiguous, into which its tensors are read;
+            after a VerificationError what they hold is of no use.
+
+    Cost: one read, no more than mapping and copying the tensors would take without a check.
 
     Raises:
         VerificationError: other bytes than the blob's, or no regular file.
         ArtefactError: no safetensors file.
+        ArgumentError: other tensors than those of ``into``, which is as it was.
         OSError: it cannot be read.
     """
     import torch
 
-    from smartinit.formats.tensor_file import tensors_in
+    from smartinit.formats.tensor_file import places_for, tensors_in
 
     with open_regular(path) as file:
         check_size(path, blob, os.fstat(file.fileno()).st_size)
-        whole = torch.empty(blob.size, dtype=torch.uint8)
-        _read_checked(file, [whole.numpy().data], path, blob)
-    return tensors_in(whole, str(path))
-
-
-def read_into(path: Path, blob: Blob, into: Mapping[str, torch.Tensor]) -> None:
-    """Read a blob's tensors into others, of the same names, shapes and dtypes, on the CPU and contiguous.
-
-    Cost: one read; as fast as copying from mapped tensors that nobody has checked.
-
-    Raises:
-        VerificationError: other bytes than the blob's, or no regular file: what ``into`` holds now is of no use.
-        ArtefactError: no safetensors file, or other tensors than those of ``into``, which is as it was.
-        OSError: it cannot be read.
-    """
-    from smartinit.formats.tensor_file import places_for
-
-    with open_regular(path) as file:
-        check_size(path, blob, os.fstat(file.fileno()).st_size)
-        head, places = places_for(lambda size: os.pread(file.fileno(), size, 0), blob.size, str(path), into)
+        if into is None:
+            whole = torch.empty(blob.size, dtype=torch.uint8)
+            _read_checked(file, [whole.numpy().data], path, blob)
+            return whole.numpy().data, tensors_in(whole, str(path))
+        head, places = places_for(file.read, blob.size, str(path), into)
         _read_checked(file, [memoryview(bytearray(head)), *places], path, blob)
+        return mapped(file, blob.size), dict(into)
 
 
 def _read_checked(file: BinaryIO, buffers: Sequence[memoryview], path: Path, blob: Blob) -> None:
@@ -117,7 +114,7 @@ def _fill(descriptor: int, buffers: list[memoryview], place: int) -> int:
     """
     done, rest = 0, buffers
     while rest:
-        got = os.preadv(descriptor, rest, place + done)
+        got = _read_at(descriptor, rest, place + done)
         if not got:
             raise VerificationError("a file became shorter while it was read")
         done += got
@@ -127,3 +124,14 @@ def _fill(descriptor: int, buffers: list[memoryview], place: int) -> int:
         if got:
             rest = [rest[0][got:], *rest[1:]]
     return done
+
+
+def _read_at(descriptor: int, buffers: list[memoryview], place: int) -> int:
+    """How many bytes could be read from there into the first buffers."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, buffers, place)
+    with _SEEKING:  # Windows
+        os.lseek(descriptor, place, os.SEEK_SET)
+        content = os.read(descriptor, buffers[0].nbytes)
+    buffers[0][: len(content)] = content
+    return len(content)

@@ -22,10 +22,13 @@ if TYPE_CHECKING:
     from smartinit.store.leases import Lease
     from smartinit.store.manifest import Manifest
 
+    Own = bool | Mapping[str, torch.Tensor]
+
 TENSORS = "tensors.safetensors"
 """The file of `Store.put`'s tensors."""
 _SMALL = 1 << 20  # a map keeps a file open, and of these there are not many
-_ADAPTER = "adapter_model.safetensors"
+MAIN = (TENSORS, "adapter_model.safetensors")
+"""Files whose tensors an entry's are."""
 
 
 class Entry:
@@ -62,12 +65,12 @@ class Entry:
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """Name -> tensor, mapped from the file: memory is used as they are read; writing to one changes no file.
+        """Name -> tensor, mapped from the file unless asked for otherwise; writing to one changes no file.
 
         Raises:
             ArtefactError: the entry holds no tensors.
         """
-        for name in (TENSORS, _ADAPTER):
+        for name in MAIN:
             if name in self._tensors:
                 return MappingProxyType(dict(self._tensors[name]))
         raise ArtefactError(f"the entry '{self.key}' holds {', '.join(self.files) or 'nothing'}, but no tensors")
@@ -96,15 +99,28 @@ class Entry:
         self.close()
 
 
-def read_blob(path: Path, blob: Blob, *, as_tensors: bool) -> tuple[memoryview, Mapping[str, torch.Tensor]]:
+def read_blob(
+    path: Path, blob: Blob, *, as_tensors: bool, own: Own = False
+) -> tuple[memoryview, Mapping[str, torch.Tensor]]:
     """The bytes of a blob and its tensors (none of another file), after its checksum was found right.
+
+    Args:
+        path: of the blob.
+        blob: what it should be.
+        as_tensors: whether it is a safetensors file.
+        own: in memory of one's own, instead of pages of the file; or tensors to be read into.
 
     Raises:
         VerificationError: it was changed.
         ArtefactError: it is no safetensors file.
         OSError, RuntimeError: it is not there, or cannot be read.
     """
-    tensors: Mapping[str, torch.Tensor] = {}
+    if as_tensors and own:
+        from smartinit.store.checked import own_tensors
+
+        content, tensors = own_tensors(path, blob, None if own is True else own)
+        return content.toreadonly(), tensors
+    tensors = {}
     with open_regular(path) as file:
         check_size(path, blob, os.fstat(file.fileno()).st_size)
         if as_tensors:

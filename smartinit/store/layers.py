@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from smartinit.store.adoption import Copied
-    from smartinit.store.entry import Entry
+    from smartinit.store.entry import Entry, Own
     from smartinit.store.manifest import Manifest
 
     Place = str | os.PathLike[str] | LocalStore | RemoteStore
@@ -138,11 +138,15 @@ class Layer:
 
         return self._ask(copy, key, into) is not None
 
-    def serve(self, key: str, *, tensors: bool) -> Entry | None:
+    def serve(self, key: str, *, tensors: bool, own: Own = False) -> Entry | None:
         """An entry straight from the layer, if that is a folder."""
         if is_remote(self._place) or self.peek(key) is None:
             return None
-        return self._ask(lambda store: store.get(key, tensors=tensors) if isinstance(store, LocalStore) else None, key)
+
+        def read(store: LocalStore | RemoteStore) -> Entry | None:
+            return store.get(key, tensors=tensors, own=own) if isinstance(store, LocalStore) else None
+
+        return self._ask(read, key)
 
     def _may_have(self, key: str, now: float) -> bool:
         """Whether a remote layer must be asked for a key."""

@@ -12,7 +12,7 @@
       locks/<key>.lock                   only saves double work; nothing depends on it
       aside/<key>.<digest>.json          manifests of other results for a key that has one already
       quarantine/<name>.<token>          what was found broken
-      adapters/<key>/                    artefacts as adapter folders, links to blobs
+      adapters/<key>/                    artefacts as adapter folders, copies of blobs
       memo/                              digests of files that others own
       tmp/<host>.<pid>.<token>           unfinished
 

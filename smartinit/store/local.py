@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from smartinit.errors import ArtefactError, StoreError, VerificationError
 from smartinit.store import durable
 from smartinit.store.blobs import check_size, checksum, draft_blob, keep_blob, settle_blob, write_blob
-from smartinit.store.entry import Entry, read_blob
+from smartinit.store.entry import MAIN, Entry, read_blob
 from smartinit.store.folder import check_space, check_store, make_store, writing
 from smartinit.store.keys import Key, check_name
 from smartinit.store.layout import Layout
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
     from smartinit.store.blobs import Draft
+    from smartinit.store.entry import Own
     from smartinit.store.leases import Lease
     from smartinit.store.sources import Source
 
@@ -104,7 +105,7 @@ class LocalStore:
                     return self._write(draft, sources, replace=replace, compare=names)
             return self._write(draft, sources, replace=replace, compare=names)
 
-    def get(self, key: Key | str, *, tensors: bool = True) -> Entry | None:
+    def get(self, key: Key | str, *, tensors: bool = True, own: Own = False) -> Entry | None:
         """The entry of a key, every byte of which has been checked; None if there is none.
 
         What is found broken is put into quarantine with a warning, and is None as well.
@@ -112,8 +113,14 @@ class LocalStore:
         Args:
             key: its name.
             tensors: False: only the files are wanted (and torch is not imported).
+            own: True: the tensors are to lie in memory of one's own, where they are checked while they are read. Or
+                tensors of the same names, shapes and dtypes, contiguous and on the CPU, into which they are read; if
+                the result is None, what these hold is of no use.
 
-        Cost: one read of the entry; the tensors are mapped, not copied.
+        Raises:
+            ArgumentError: ``own`` holds other tensors than the entry.
+
+        Cost: one read of the entry; the tensors are mapped unless they are to be one's own.
         """
         name = check_name(key)
         if _which(self.layout.entry(name)) is None:  # no lease on what is not there
@@ -124,7 +131,7 @@ class LocalStore:
                 manifest = self.peek(name)
                 if manifest is None or manifest == last:
                     break
-                entry = self._open(manifest, lease, as_tensors=tensors)
+                entry = self._open(manifest, lease, as_tensors=tensors, own=own)
                 if entry is not None:
                     break
                 last = manifest  # another one may have taken its place, and its blobs have gone
@@ -218,16 +225,16 @@ class LocalStore:
                     durable.publish_once(aside, path)
         warnings.warn(f"{why}; {done}", stacklevel=4)
 
-    def _open(self, manifest: Manifest, lease: Lease | None, *, as_tensors: bool) -> Entry | None:
+    def _open(self, manifest: Manifest, lease: Lease | None, *, as_tensors: bool, own: Own) -> Entry | None:
         files, tensors, contents = {}, {}, {}
         for name, blob in manifest.blobs.items():  # all of them: a broken one that stayed would break the next entry
             path = self.layout.blob(blob.sha256)
             if not self.read_only and not path.exists():
                 put_back(self.layout, blob.sha256)
             files[name], which = path, _which(path)
-            mapped = as_tensors and name.endswith(".safetensors")
+            mapped, ours = as_tensors and name.endswith(".safetensors"), own is True or (own if name in MAIN else False)
             try:
-                contents[name], tensors[name] = read_blob(path, blob, as_tensors=mapped)
+                contents[name], tensors[name] = read_blob(path, blob, as_tensors=mapped, own=ours)
             except (VerificationError, ArtefactError) as error:
                 self.discard(path, f"entry '{manifest.key}': {error}", which)
             except (OSError, RuntimeError) as error:
@@ -328,6 +335,8 @@ class LocalStore:
         for blob in there.blobs.values():  # pruning may have taken one that nothing named until now
             if blob in origin and not keep_blob(self.layout, blob):
                 write_blob(self.layout, chunks(origin[blob]))
+        for tag in manifest.tags:  # and marks, which led to nothing
+            durable.touch(self.layout.index(tag) / manifest.key)
         return there
 
     def _whole(self, key: str) -> Manifest | None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from smartinit.store.entry import Entry
+    from smartinit.store.entry import Entry, Own
     from smartinit.store.layers import Place
     from smartinit.store.manifest import Manifest
     from smartinit.store.prune import PrunePlan
@@ -78,17 +78,17 @@ class Store:
         """See `LocalStore.put`."""
         return self.local.put(key, tensors, meta, files=files, tags=tags, basis=basis, replace=replace, compare=compare)
 
-    def get(self, key: Key | str, *, tensors: bool = True) -> Entry | None:
+    def get(self, key: Key | str, *, tensors: bool = True, own: Own = False) -> Entry | None:
         """See `LocalStore.get`; the layers are asked after the first store, which then has it too."""
-        entry = self.local.get(key, tensors=tensors)
+        entry = self.local.get(key, tensors=tensors, own=own)
         if entry is not None or not self.layers:
             return entry
         name = check_name(key)
         for layer in self.layers:
             if not self.local.read_only and layer.fetch(name, self.local):
-                entry = self.local.get(name, tensors=tensors)
+                entry = self.local.get(name, tensors=tensors, own=own)
             if entry is None:
-                entry = layer.serve(name, tensors=tensors)
+                entry = layer.serve(name, tensors=tensors, own=own)
             if entry is not None:
                 return entry
         return None
