@@ -32,11 +32,13 @@ class Leftover(NamedTuple):
         path: where it is.
         reason: a few words.
         bytes: that are free afterwards.
+        modified_ns: when it was last modified: if that has changed, it stays. None: it goes in any case.
     """
 
     path: Path
     reason: str
     bytes: int
+    modified_ns: int | None = None
 
 
 def leftovers(layout: Layout, now: float) -> Iterator[Leftover]:
@@ -68,6 +70,8 @@ def drop(leftover: Leftover, layout: Layout) -> int:
     try:
         status = path.lstat()
     except FileNotFoundError:
+        return 0
+    if leftover.modified_ns not in (None, status.st_mtime_ns):
         return 0
     if stat.S_ISDIR(status.st_mode):
         size = folder_bytes(path)
@@ -110,7 +114,7 @@ def _dangling(layout: Layout, now: float) -> Iterator[Leftover]:
                 if now - status.st_mtime > GRACE:
                     path = Path(item.path)
                     size = folder_bytes(path) if stat.S_ISDIR(status.st_mode) else status.st_size
-                    yield Leftover(path, "its entry is gone", size)
+                    yield Leftover(path, "its entry is gone", size, status.st_mtime_ns)
 
 
 def _inside(folder: Path, now: float, *, moved: bool = False) -> Iterator[tuple[os.DirEntry[str], float, int]]:

@@ -427,6 +427,33 @@ def test_a_mark_whose_entry_comes_at_that_moment_is_there_afterwards(store, monk
     assert sorted(store.keys("group")) == ["a", "late"]
 
 
+def test_a_mark_that_was_made_again_after_the_plan_stays(store):
+    fill(store, "a")
+    mark = store.local.layout.index("group") / "late"
+    mark.touch()
+    shift(mark, DAY)
+    plan = store.prune(dry_run=True)
+    assert len(plan.leftovers) == 1
+    os.utime(mark)  # a writer has begun
+    plan.execute()
+    assert mark.exists()
+
+
+def test_a_mark_that_goes_between_a_writers_steps_is_made_again(store, monkeypatch):
+    fill(store, "a")
+    mark = store.local.layout.index("group") / "late"
+    original = durable.publish_once
+
+    def publish_once(unfinished, final):
+        if final.name == "late.json":
+            mark.unlink()
+        return original(unfinished, final)
+
+    monkeypatch.setattr(durable, "publish_once", publish_once)
+    store.put("late", files={"x": b"x"}, tags=("group",))
+    assert sorted(store.keys("group")) == ["a", "late"]
+
+
 def test_adapter_folders_go_with_their_entries(store):
     fill(store, "ab")
     layout = store.local.layout
