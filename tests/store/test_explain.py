@@ -31,8 +31,10 @@ def test_what_is_there(store):
 
 
 def test_a_miss_names_the_leaf_that_differs_from_the_nearest(store):
-    store.put(key(rank=8, model="b" * 64))
-    store.put(key(rank=8))
+    for number, stored in enumerate((key(rank=8), key(rank=8, model="b" * 64))):
+        store.put(stored)
+        store.get(stored).close()
+        os.utime(store.local.layout.used / stored.digest, (number, number))  # the nearest is not the one used last
     text = explain(store, key())
     assert text == (
         f"the store does not have artefact {key().digest[:12]}; the nearest, {key(rank=8).digest[:12]}, differs in "
