@@ -30,12 +30,14 @@ class Counted(NamedTuple):
         blobs: digest and bytes of each blob, each once.
         bytes: of the manifest itself.
         modified_ns: of the manifest: when the entry was stored, by the clock of the file system.
+        mark: by which it is known again.
     """
 
     key: str
     blobs: tuple[tuple[bytes, int], ...]
     bytes: int
     modified_ns: int
+    mark: int = 0
 
     @property
     def size(self) -> int:
@@ -72,6 +74,7 @@ class Census:
 
     def forget(self, entry: Counted) -> list[tuple[bytes, int]]:
         """Count an entry no longer; returns its blobs that nothing names now."""
+        self._read.discard(entry.mark)  # whoever puts it back has it counted again
         free = []
         for digest, size in entry.blobs:
             left = self.named.get(digest, 0) - 1
@@ -126,7 +129,7 @@ class Census:
             return None
         self._read.add(mark)
         blobs = {bytes.fromhex(blob.sha256): blob.size for blob in manifest.blobs.values()}
-        return Counted(key, tuple(blobs.items()), length, status.st_mtime_ns)
+        return Counted(key, tuple(blobs.items()), length, status.st_mtime_ns, mark)
 
 
 def read_manifest(path: Path, key: str) -> tuple[Manifest, int]:

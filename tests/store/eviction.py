@@ -179,6 +179,10 @@ def main() -> None:
         assert all(right(store, number) for number in range(4)), "what was put is lost"
         assert [path.name for path in store.layout.unfinished.iterdir()] == []
     assert audit(store.layout.root) == []
+    if what == "rules":
+        plan_prune(store, max_bytes=0).execute()
+        assert list(store.keys()) == [], "nobody reads any more"
+        assert audit(store.layout.root) == []
     sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -99,10 +99,9 @@ def entry_files(number: int) -> dict[str, bytes]:
 
 def audit(root: Path) -> list[str]:
     """What is wrong in a store, told without its own code: manifests, their blobs, and every blob's name."""
-    problems = []
-    for path in (root / "blobs").rglob("*"):
-        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != path.name:
-            problems.append(f"blob {path.name} has other bytes")
+    blobs = [path for path in (root / "blobs").rglob("*") if path.is_file()]
+    wrong = [path.name for path in blobs if hashlib.sha256(path.read_bytes()).hexdigest() != path.name]
+    problems = [f"blob {name} has other bytes" for name in wrong]
     for path in (root / "entries").glob("*"):
         raw = path.read_bytes()
         body, _, check = raw.rpartition(b',"check":"')
@@ -112,7 +111,7 @@ def audit(root: Path) -> list[str]:
         ):
             problems.append(f"manifest {path.name} is broken")
             continue
-        blobs = {name: blob["sha256"] for name, blob in json.loads(raw)["blobs"].items()}
-        lost = [name for name, sha in blobs.items() if not (root / "blobs/sha256" / sha[:2] / sha).is_file()]
+        named = {name: blob["sha256"] for name, blob in json.loads(raw)["blobs"].items()}
+        lost = [name for name, sha in named.items() if not (root / "blobs/sha256" / sha[:2] / sha).is_file()]
         problems += [f"{path.name} has lost '{name}'" for name in lost]
     return problems

@@ -106,6 +106,6 @@ def behind_another(store, acknowledged):
 @pytest.mark.parametrize("how", HOW)
 def test_what_was_acknowledged_is_there_and_nothing_is_wrong(ram, how, session, times, tally, seed):
     random_ = random.Random(seed)
-    crashes = sum(Recorded(ram, session).crashes(how, random_) for _ in range(times(1, 20) if how == "anything" else 1))
+    crashes = sum(Recorded(ram, session).crashes(how, random_) for _ in range(times(1, 10) if how == "anything" else 1))
     assert crashes > 100
     tally(fault=f"power loss: {how}, {session.__name__.replace('_', ' ')}", crashes=crashes)
