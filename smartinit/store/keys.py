@@ -87,8 +87,8 @@ def differences(ours: object, theirs: object, path: str = "") -> list[tuple[str,
     if _is_list(ours) and _is_list(theirs) and len(ours) == len(theirs):  # type: ignore[arg-type]
         pairs = enumerate(zip(ours, theirs, strict=True))  # type: ignore[call-overload]
         return [leaf for index, (one, two) in pairs for leaf in differences(one, two, f"{path}[{index}]")]
-    same = list(ours) == list(theirs) if _is_list(ours) and _is_list(theirs) else ours == theirs  # type: ignore[call-overload]
-    return [] if same else [(path, ours, theirs)]
+    # 1, 1.0 and True are equal to Python, but not as parts of a key
+    return [] if canonical([ours]) == canonical([theirs]) else [(path, ours, theirs)]
 
 
 def _is_list(value: object) -> bool:
