@@ -234,6 +234,7 @@ def test_the_default_store_beside_a_remote_one(run_cli, store, tmp_path, monkeyp
     monkeypatch.setenv("SMARTINIT_CACHE", "s3://bucket/place")
     monkeypatch.chdir(tmp_path)
     assert run_cli("cache", "path").out == f"{tmp_path / 'cache'}\n"
+    assert run_cli("cache", "migrate", "--json").document["store"] == "cache"
 
 
 def test_push_and_pull(run_cli, store, keys, tmp_path):
