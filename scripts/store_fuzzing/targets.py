@@ -8,6 +8,7 @@ import os
 import re
 import struct
 import tempfile
+import time
 import warnings
 from contextlib import suppress
 from functools import cache
@@ -75,7 +76,7 @@ def manifest(data: bytes) -> None:
             raise FindingError("a manifest that reads otherwise when it is written again")
         if any(name.startswith("/") or ".." in name.split("/") for name in found.blobs):
             raise FindingError("a file outside")
-        _ = found.size, f"{found.created:.1f} {found.size / 1e6:.1f}"
+        _ = time.gmtime(found.created), f"{found.size / 1e6:.1f}"  # what a listing shows
 
 
 def header(data: bytes) -> None:
@@ -228,8 +229,6 @@ def _notes(notes: FileMemo, subject: Path) -> list[Path]:
     if not notes.folder.is_dir():
         os.utime(subject, (1e9, 1e9))
         notes.folder.mkdir()
-        import time
-
         now = time.time_ns
         time.time_ns = lambda: now() + 10**11  # type: ignore[assignment]  # the file has not changed for long
         try:

@@ -7,6 +7,8 @@ import math
 import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from smartinit.errors import shown
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
@@ -78,7 +80,9 @@ def _parse(path: Path, text: bytes, origin: int) -> dict[str, Entry]:
     reached = origin
     for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
         if entry.start != reached:
-            raise ValueError(f"{path} is no safetensors file: '{name}' begins at byte {entry.start}, not {reached}")
+            raise ValueError(
+                f"{path} is no safetensors file: {shown(name)} begins at byte {entry.start}, not {reached}"
+            )
         reached = entry.stop
     return entries
 

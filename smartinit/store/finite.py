@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from smartinit.errors import VerificationError
+from smartinit.errors import VerificationError, shown
 from smartinit.formats.safetensors_header import read_header
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def check_tensors(path: Path, name: str, key: str, *, finite: bool) -> None:
                     raise VerificationError(f"'{name}' of the entry '{key}' became shorter while it was read")
                 left -= len(piece)
                 if not _all_finite(piece, entry.dtype):
-                    raise VerificationError(f"'{tensor}' in '{name}' of the entry '{key}' holds NaN or Inf")
+                    raise VerificationError(f"{shown(tensor)} in '{name}' of the entry '{key}' holds NaN or Inf")
 
 
 def _all_finite(piece: bytes, dtype: str) -> bool:

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from smartinit.errors import ArgumentError, ConfigError, SmartinitError, StoreError, VerificationError
+from smartinit.formats.safetensors_header import read_header
 from smartinit.store import Store
 from smartinit.store.blobs import Blob, checksum
 from smartinit.store.file_memo import file_sha256
@@ -665,3 +666,18 @@ def test_a_memo_that_is_no_file_is_not_waited_for(tmp_path, later):
         note.unlink()
         os.mkfifo(note)
     assert file_sha256(subject, tmp_path / "memo") == sha256
+
+
+def test_names_in_messages_about_a_remote_entry_are_harmless(tmp_path, store):
+    there = Store(tmp_path / "there")
+    bad = torch.tensor([float("nan")])
+    there.put(Key("artefact", {"a": 1}), {"\x1b[2J\n": bad})
+    (sentence,) = quietly(lambda: store.pull(there.local.layout.root)).failed.values()
+    assert "NaN" in sentence
+    assert sentence.isprintable()
+    content = safetensors({"\x1b[2J\n": item(1, 2), "b": item(0, 0)}, b"xy")
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="begins at byte") as told:
+        read_header(path)
+    assert str(told.value).isprintable()
