@@ -218,8 +218,8 @@ def _named(files: Iterable[Path], folder: Path, memo_dir: Path) -> list[list[str
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            text = file.read(_LARGEST_JSON + 1)
-        value = json.loads(text if len(text) <= _LARGEST_JSON else "")
+            text = file.read(_LARGEST_JSON)
+        value = json.loads(text)  # one that is cut off is no JSON
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"'{path}' cannot be read as JSON ({error}); download the model again") from error
     if not isinstance(value, dict):

@@ -115,6 +115,16 @@ def test_what_a_configuration_says_of_itself_does_not_matter(folder, memo):
     assert files_fingerprint(folder, memo) == before
 
 
+def test_the_former_name_of_the_dtype(folder, memo):
+    config = json.loads((folder / "config.json").read_text())
+    config = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
+    found = []
+    for said in ({"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}, {"dtype": "float32"}):
+        (folder / "config.json").write_text(json.dumps(config | said))
+        found.append(files_fingerprint(folder, memo).config)
+    assert (found[0] == found[1], found[0] != found[2]) == (True, True)
+
+
 def test_threads_and_pieces_change_nothing(folder, memo, monkeypatch):
     before = files_fingerprint(folder, memo)
     monkeypatch.setattr(model_files, "_PIECE", 1000)
@@ -265,6 +275,12 @@ BROKEN = {
 def test_broken_files_are_named(folder, memo, change, text):
     change(folder)
     with pytest.raises(ModelError, match=text):
+        files_fingerprint(folder, memo)
+
+
+def test_absurdly_long_configurations_are_not_parsed(folder, memo, monkeypatch):
+    monkeypatch.setattr(model_files, "_LARGEST_JSON", 100)
+    with pytest.raises(ModelError, match="cannot be read as JSON"):
         files_fingerprint(folder, memo)
 
 
