@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = ("kills", "power_loss", "full_disk", "many_processes", "eviction", "flips", "clock", "read_only_midway")
@@ -54,6 +55,7 @@ def main() -> int:
         ]
         code = subprocess.run(command, cwd=ROOT, env=environment, check=False, stdout=sys.stderr).returncode
         lines = [json.loads(line) for line in report.read_text().splitlines()] if report.exists() else []
+    lines = list(merged(lines).values())
     print(f"Seed {options.seed}; {'every test passed' if code == 0 else 'SOME TESTS FAILED, see above'}.\n")
     print("| fault | counted | s |\n|---|---|---|")
     for line in lines:
@@ -62,6 +64,17 @@ def main() -> int:
         )
         print(f"| {line['fault']} | {counts} | {line['seconds']} |")
     return int(code != 0)
+
+
+def merged(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """One line for each fault: what was counted for it, added up."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        known = found.setdefault(line["fault"], {"fault": line["fault"], "seconds": 0})
+        for name, count in line.items():
+            if name not in ("test", "fault"):
+                known[name] = round(known.get(name, 0) + count, 1)
+    return found
 
 
 if __name__ == "__main__":
