@@ -8,8 +8,10 @@ everything else        sent under another name and moved, after a look whether t
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
+import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -49,6 +51,8 @@ class Connection:
 
     def open(self, name: str, _: float) -> Any:  # noqa: ANN401 - a file of the protocol's
         """A file for `read`."""
+        if self._scheme == "memory":  # all its readers would share one place in the file
+            return io.BytesIO(self._files.cat_file(self._at(name)))
         return self._files.open(self._at(name), "rb")
 
     def read(self, file: Any, most: int, _: float) -> bytes:  # noqa: ANN401
@@ -129,10 +133,10 @@ class _Asynchronous(Connection):
 
     def close(self, file: Any, seconds: float) -> None:  # noqa: ANN401
         async def close() -> None:
-            response = getattr(file, "r", None)
+            response, file.r = getattr(file, "r", None), None
             if response is not None:
                 response.close()  # or an answer that was not read to its end keeps its connection
-            file.r = None
+            await file.close()
 
         self._run(close, seconds=seconds)
 
@@ -241,7 +245,10 @@ def _webdav(url: str, options: Mapping[str, Any], timeout: float) -> Connection:
         given.setdefault("auth", (unquote(parts.username), unquote(parts.password or "")))
     scheme = "https" if parts.scheme.lower() == "webdavs" else "http"
     base = f"{scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    return _Webdav(WebdavFileSystem(base, skip_instance_cache=True, **given), "", "webdav")
+    files = WebdavFileSystem(base, skip_instance_cache=True, **given)
+    connection = _Webdav(files, "", "webdav")
+    weakref.finalize(connection, files.client.http.close)  # its sockets would wait for the garbage collector
+    return connection
 
 
 def _is_taken(error: OSError) -> bool:

@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from smartinit.store.adoption import Copied
-    from smartinit.store.entry import Entry, Own
+    from smartinit.store.entry import Entry
     from smartinit.store.manifest import Manifest
 
     Place = str | os.PathLike[str] | LocalStore | RemoteStore
 
 T = TypeVar("T")
+V = TypeVar("V")
 
 HOLDS_SECONDS = 60.0
 """How long an answer of a remote layer is believed."""
@@ -78,10 +79,12 @@ class Layer:
     def __init__(self, place: Place) -> None:
         self._place = place
         self._store: LocalStore | RemoteStore | None = None
+        self._remote = is_remote(place)
         self.shown = _shown(place)
         self._until, self._pause = 0.0, _PAUSES[0]
         self._manifests: OrderedDict[str, tuple[float, Manifest]] = OrderedDict()
         self._missing: set[str] = set()
+        self._refused: set[str] = set()
         self._tags: OrderedDict[str, frozenset[str]] = OrderedDict()
         self._all: frozenset[str] | None = None
         self._listable, self._began = True, 0.0
@@ -92,114 +95,118 @@ class Layer:
     def peek(self, key: str) -> Manifest | None:
         """The manifest of a key, if the layer has it, can be reached, and is in order."""
         now = time.monotonic()
+        self._forget(now)
         kept = self._manifests.get(key)
         if kept is not None and now - kept[0] < HOLDS_SECONDS:
             return kept[1]
-        if is_remote(self._place) and not self._may_have(key, now):
+        if key in self._refused or not self._may_have(key):
             return None
-        manifest = self._ask(lambda store: store.peek(key), key)
-        if manifest is None:
+        answered, manifest = self._ask(lambda store: store.peek(key), key)
+        if self._remote and manifest is not None:
+            _keep(self._manifests, key, (now, manifest))
+        elif self._remote and answered:
             self._missing.add(key)
-        elif is_remote(self._place):
-            self._manifests[key] = now, manifest
-            if len(self._manifests) > _MOST_KEPT:
-                self._manifests.popitem(last=False)
         return manifest
 
     def keys(self, tag: str | None = None) -> Iterator[str]:
         """Its keys, or those with a tag; none if it cannot be reached."""
-        if not is_remote(self._place):
-            yield from self._ask(lambda store: list(store.keys(tag))) or ()
-            return
         self._forget(time.monotonic())
-        if tag is None:
+        if not self._remote:
+            yield from self._ask(lambda store: list(store.keys(tag)))[1] or ()
+        elif tag is None:
             yield from self._list_all() or ()
-            return
-        found = self._tags.get(tag)
-        if found is None:
-            found = self._ask(lambda store: frozenset(store.keys(tag)))
-            if found is None:
-                return
-            self._tags[tag] = found
-            if len(self._tags) > _MOST_KEPT:
-                self._tags.popitem(last=False)
-        yield from found
+        else:
+            if tag not in self._tags:
+                found = self._ask(lambda store: frozenset(store.keys(tag)))[1]
+                if found is None:
+                    return
+                _keep(self._tags, tag, found)
+            yield from self._tags[tag]
 
-    def fetch(self, key: str, into: LocalStore) -> bool:
-        """Copy an entry into a folder, if the layer has it, in order: whether that was done."""
+    def take(self, key: str, into: LocalStore, *, tensors: bool) -> Entry | None:
+        """An entry, if the layer has it, in order: copied into a folder and from there; else from where it lies.
+
+        Args:
+            key: its name.
+            into: gets a copy, unless it is read-only or full.
+            tensors: see `LocalStore.get`.
+        """
         manifest = self.peek(key)
         if manifest is None:
-            return False
+            return None
 
         def copy(store: LocalStore | RemoteStore) -> Copied | None:
             if isinstance(store, LocalStore):
                 return copy_entry(store, into, key)
             return store.fetch(key, into, manifest)
 
-        return self._ask(copy, key, into) is not None
+        def serve(store: LocalStore | RemoteStore) -> Entry | None:
+            return store.get(key, tensors=tensors) if isinstance(store, LocalStore) else None
 
-    def serve(self, key: str, *, tensors: bool, own: Own = False) -> Entry | None:
-        """An entry straight from the layer, if that is a folder."""
-        if is_remote(self._place) or self.peek(key) is None:
-            return None
+        if not into.read_only and self._ask(copy, key, into)[1] is not None:
+            entry = into.get(key, tensors=tensors)
+            if entry is not None:
+                return entry
+        return None if key in self._refused else self._ask(serve, key)[1]
 
-        def read(store: LocalStore | RemoteStore) -> Entry | None:
-            return store.get(key, tensors=tensors, own=own) if isinstance(store, LocalStore) else None
-
-        return self._ask(read, key)
-
-    def _may_have(self, key: str, now: float) -> bool:
-        """Whether a remote layer must be asked for a key."""
-        self._forget(now)
+    def _may_have(self, key: str) -> bool:
+        """Whether the layer must be asked for a key."""
+        if not self._remote:
+            return True
         if self._all is None and len(self._missing) >= _SINGLY:
             self._list_all()
-        if self._all is not None:
-            return key in self._all and key not in self._missing
-        return key not in self._missing
+        return key not in self._missing and (self._all is None or key in self._all)
 
     def _list_all(self) -> frozenset[str] | None:
         """All its keys; None if they cannot be listed."""
         if self._all is not None or not self._listable:
             return self._all
-        found = self._ask(lambda store: frozenset(store.keys()))
+        found = self._ask(lambda store: frozenset(store.keys()))[1]
         if found is None or len(found) > _MOST_LISTED:
             self._listable = False  # until the next minute
-            return found
-        self._all = found
+        else:
+            self._all = found
         return found
 
     def _forget(self, now: float) -> None:
         if now - self._began >= HOLDS_SECONDS:
             self._began, self._all, self._listable = now, None, True
-            self._missing.clear()
-            self._tags.clear()
+            for answers in (self._missing, self._refused, self._tags):
+                answers.clear()
 
     def _ask(
         self, question: Callable[[LocalStore | RemoteStore], T | None], key: str = "", into: LocalStore | None = None
-    ) -> T | None:
-        """An answer; None, with a warning, in place of every trouble."""
+    ) -> tuple[bool, T | None]:
+        """Whether there was an answer, and which; in place of every trouble there is none, and a warning."""
         if time.monotonic() < self._until:
-            return None
+            return False, None
         try:
             if self._store is None:
                 self._store = open_place(self._place, read_only=True)
             answer = question(self._store)
         except VerificationError as error:
-            self._missing.add(key)
+            self._refused.add(key)
             self._manifests.pop(key, None)
             _tell(f"{self.shown}\n{key}", f"{error}; it counts as missing")
-            return None
+            return False, None
         except (SmartinitError, OSError) as error:
             if into is not None and isinstance(error, StoreError) and not isinstance(error, RemoteError):
                 # the folder that should take it is to blame
                 _tell(f"{into.layout.root}\n", f"what '{self.shown}' has cannot be copied: {error}")
-                return None
+                return False, None
             self._until = time.monotonic() + self._pause
             self._pause = min(4 * self._pause, _PAUSES[1])
             _tell(self.shown, f"{error}; going on without this layer")
-            return None
+            return False, None
         self._pause = _PAUSES[0]
-        return answer
+        return True, answer
+
+
+def _keep(answers: OrderedDict[str, V], name: str, answer: V) -> None:
+    """Note an answer; the oldest makes room."""
+    answers[name] = answer
+    if len(answers) > _MOST_KEPT:
+        answers.popitem(last=False)
 
 
 def _tell(which: str, what: str) -> None:

@@ -84,14 +84,8 @@ class Store:
         if entry is not None or not self.layers:
             return entry
         name = check_name(key)
-        for layer in self.layers:
-            if not self.local.read_only and layer.fetch(name, self.local):
-                entry = self.local.get(name, tensors=tensors, own=own)
-            if entry is None:
-                entry = layer.serve(name, tensors=tensors, own=own)
-            if entry is not None:
-                return entry
-        return None
+        taken = (layer.take(name, self.local, tensors=tensors) for layer in self.layers)
+        return next(filter(None, taken), None)
 
     def peek(self, key: Key | str) -> Manifest | None:
         """See `LocalStore.peek`; the layers are asked after the first store."""
