@@ -54,7 +54,7 @@ def check_store(layout: Layout) -> None:
                 raise StoreError(
                     f"'{folder}' is a link; in a store only its outermost folder may be one, so move the whole store"
                 )
-        found = json.loads(read_small(layout.schema, _LONGEST)).get("schema")
+        _check_schema(layout, json.loads(read_small(layout.schema, _LONGEST)).get("schema"))
     except FileNotFoundError:
         return
     except PermissionError as error:
@@ -65,6 +65,9 @@ def check_store(layout: Layout) -> None:
         if isinstance(error, StoreError):
             raise
         raise StoreError(f"the store '{layout.root}' cannot be read: {error.strerror or error}") from error
+
+
+def _check_schema(layout: Layout, found: object) -> None:
     if type(found) is int and found < SCHEMA:
         raise StoreError(
             f"the store '{layout.root}' has schema {found}, but this version knows {SCHEMA}; `smartinit cache migrate` "
