@@ -139,9 +139,10 @@ class Found:
     def says(self, options: Mapping[str, Any]) -> bool:
         """Whether its files name model and data as the user does now."""
         provenance = self.record["provenance"]
+        data = None if provenance.get("data") is None else options["data"]  # of a method that reads none
         said = (provenance.get("model"), provenance.get("data"), self.config.get("task_type"))
         names_model = self.config.get("base_model_name_or_path") in (None, options["model"])
-        return names_model and said == (options["model"], options["data"], self.task_type)
+        return names_model and said == (options["model"], data, self.task_type)
 
     def copy(self, out: Path, *, force: bool) -> None:
         """Write the adapter folder as it is stored; torch is not needed."""
@@ -164,7 +165,8 @@ class Found:
         stored = Artefact.load(self.folder())
         config = stored.config.copy()
         config.base_model_name_or_path, config.task_type = options["model"], self.task_type
-        names = {"model": options["model"], "data": options["data"]}
+        data = None if stored.provenance.get("data") is None else options["data"]
+        names = {"model": options["model"], "data": data}
         kept = {"store": {"hit": "artefact", "key": self.key, "missed": None}}
         return replace(stored, config=config, provenance={**stored.provenance, **names, **kept})
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from smartinit.artefact import Artefact
 from smartinit.cli.compute import command
 from smartinit.cli.request import read_request
-from smartinit.cli.stored import request_leaves
+from smartinit.cli.stored import StoreMayFail, request_leaves
+from smartinit.errors import OutputError, StoreError
 from smartinit.store import Store
 from smartinit.store import requests as stored_requests
 
@@ -95,9 +96,11 @@ def test_the_text_is_that_of_the_computation_but_for_the_time(compute, tmp_path)
 
 def test_other_names_are_a_hit_and_stand_in_the_folder(compute, model_folder, data_file, tmp_path, work):
     assert compute("--quiet").code == 0
-    model = model_folder.rename(tmp_path / "renamed")
-    data = data_file.rename(tmp_path / "other.jsonl")
     work.update(loaded=0, passes=0)
+    data = data_file.rename(tmp_path / "other.jsonl")
+    assert compute("--json", data=data, out=tmp_path / "data").document["hit"] == "artefact"
+    assert Artefact.load(tmp_path / "data").provenance["data"] == str(data)
+    model = model_folder.rename(tmp_path / "renamed")
     done = compute("--json", model=model, data=data, out=tmp_path / "again")
     assert done.document["hit"] == "artefact"
     assert work == {"loaded": 0, "passes": 0}
@@ -327,6 +330,19 @@ def test_a_store_that_cannot_be_written(compute, tmp_path):
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
 
 
+def test_only_the_stores_failures_are_survived():
+    with (
+        pytest.warns(UserWarning, match="nothing was kept: full; going on without it"),
+        StoreMayFail("nothing was kept"),
+    ):
+        raise StoreError("full")
+    with pytest.raises(StoreError), StoreMayFail("nothing was kept", strict=True):
+        raise StoreError("full")
+    for error in (OutputError("the output exists"), KeyboardInterrupt(), ValueError("a defect")):
+        with pytest.raises(type(error)), StoreMayFail("nothing was kept"):
+            raise error
+
+
 def blobs(folder):
     found = [path for path in (folder / "blobs").rglob("*") if path.is_file()]
     assert found
@@ -360,6 +376,14 @@ def test_a_request_whose_artefact_is_gone(compute, tmp_path):
 # -- methods that change the base -------------------------------------------------------------------------------------
 
 
+def test_data_that_is_not_read_has_no_name(compute, data_file, tmp_path):
+    assert compute("--quiet", method="gaussian").code == 0
+    done = compute("--json", "--quiet", method="gaussian", out=tmp_path / "again")
+    assert done.document["hit"] == "artefact"
+    assert list(done.document["summary"]["seconds"]) == ["store"]
+    assert (tmp_path / "again" / "smartinit.json").read_bytes().count(str(data_file).encode()) == 0
+
+
 def test_a_split_is_a_hit_with_its_base(compute, tmp_path, work):
     assert compute("--quiet", method="pissa").code == 0
     done = compute("--json", "--quiet", method="pissa", out=tmp_path / "again")
@@ -372,4 +396,3 @@ def test_a_split_is_a_hit_with_its_base(compute, tmp_path, work):
     doubled = compute("--json", "--quiet", "--base", "doubled", method="pissa", out=tmp_path / "doubled")
     assert (doubled.document["hit"], work["loaded"]) == ("artefact", 0)
     assert json.loads((tmp_path / "doubled" / "adapter_config.json").read_text())["r"] == 8
-    work["loaded"] = 0
