@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smartinit.cli.model_folder import check_model_folder, is_local
-from smartinit.formats.safetensors_header import read_header
 from smartinit.errors import MissingFileError, ModelError
+from smartinit.formats.safetensors_header import read_header
 
 
 def test_headers_say_what_the_file_holds(tmp_path):
