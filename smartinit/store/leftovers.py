@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from smartinit.store import durable
 from smartinit.store.keys import check_name
 from smartinit.store.owner import owner_lives
+from smartinit.store.scanning import scan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -106,7 +107,7 @@ def _dangling(layout: Layout, now: float) -> Iterator[Leftover]:
         folders += [Path(tag.path) for tag in tags if tag.is_dir(follow_symlinks=False)]
     entries = os.fspath(layout.entries)
     for folder in folders:
-        for item in _names(folder):
+        for item in scan(folder):
             with suppress(ValueError, OSError):
                 if os.path.lexists(f"{entries}/{check_name(item.name)}.json"):
                     continue
@@ -119,7 +120,7 @@ def _dangling(layout: Layout, now: float) -> Iterator[Leftover]:
 
 def _inside(folder: Path, now: float, *, moved: bool = False) -> Iterator[tuple[os.DirEntry[str], float, int]]:
     """What is in a folder, its age in seconds (negative where a clock went back), and its bytes."""
-    for item in _names(folder):
+    for item in scan(folder):
         with suppress(OSError):
             status = item.stat(follow_symlinks=False)
             is_folder = stat.S_ISDIR(status.st_mode)
@@ -132,8 +133,3 @@ def _owner(name: str) -> tuple[str, str]:
     """Host and process in the name of an unfinished file."""
     host, _, rest = name.partition(".")
     return host, rest.partition(".")[0]
-
-
-def _names(folder: Path) -> Iterator[os.DirEntry[str]]:
-    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as items:
-        yield from items

@@ -12,6 +12,7 @@ from smartinit.store.census import GONE, read_manifest
 from smartinit.store.keys import check_name
 from smartinit.store.leases import leased_keys
 from smartinit.store.pins import pinned_keys
+from smartinit.store.scanning import scan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -65,13 +66,12 @@ def list_entries(layout: Layout) -> Iterator[Listed]:
     pinned, leased = pinned_keys(layout), leased_keys(layout)
     used = os.fspath(layout.used)
     try:
-        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(layout.entries) as items:
-            for item in items:
-                name = item.name.removesuffix(_SUFFIX) if item.name.endswith(_SUFFIX) else ""
-                with suppress(ValueError):
-                    listed = _read(item, check_name(name), used, pinned, leased)
-                    if listed is not None:
-                        yield listed
+        for item in scan(layout.entries):
+            name = item.name.removesuffix(_SUFFIX) if item.name.endswith(_SUFFIX) else ""
+            with suppress(ValueError):
+                listed = _read(item, check_name(name), used, pinned, leased)
+                if listed is not None:
+                    yield listed
     except OSError as error:
         if isinstance(error, StoreError):
             raise
@@ -81,12 +81,10 @@ def list_entries(layout: Layout) -> Iterator[Listed]:
 def stored_bytes(layout: Layout) -> int:
     """Bytes of all blobs, each once. Cost: one look at each file."""
     total = 0
-    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(layout.blobs) as folders:
-        for folder in folders:
-            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder.path) as items:
-                for item in items:
-                    with suppress(FileNotFoundError):
-                        total += item.stat(follow_symlinks=False).st_size
+    for folder in scan(layout.blobs):
+        for item in scan(folder.path):
+            with suppress(FileNotFoundError):
+                total += item.stat(follow_symlinks=False).st_size
     return total
 
 

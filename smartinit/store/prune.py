@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
+from array import array
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -14,11 +14,14 @@ from smartinit.store.census import Census
 from smartinit.store.leases import leased_keys
 from smartinit.store.leftovers import GRACE, WEEK, folder_bytes, leftovers
 from smartinit.store.pins import pinned_keys, refuse_read_only
+from smartinit.store.scanning import scan
 from smartinit.store.sweep import Freed, Going, Unnamed, last_use, sweep
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterator
 
+    from smartinit.store.census import Counted
     from smartinit.store.layout import Layout
     from smartinit.store.leftovers import Leftover
     from smartinit.store.local import LocalStore
@@ -117,17 +120,20 @@ class _Planning:
 
     def plan(self, max_bytes: int | None, max_age: float | None, unused_for: float | None) -> PrunePlan:
         """See `plan_prune`."""
-        going, candidates = [], []
+        going: list[Going] = []
+        candidates: list[Counted] = []
+        times = array("d")  # of their last use
         for entry in self.census.read():
             self.count += 1
-            self.total += entry.bytes + sum(size for digest, size in entry.blobs if self.census.named[digest] == 1)
+            self.total += entry.length + sum(size for digest, size in entry.blobs() if self.census.count(digest) == 1)
             used = last_use(self.layout, entry)
             if max_age is not None and self.now - entry.modified_ns / 1e9 > max_age:
                 going.append(Going(entry, "too old", used))
             elif unused_for is not None and self.now - used > unused_for:
                 going.append(Going(entry, "not used for too long", used))
             elif max_bytes is not None:
-                candidates.append(Going(entry, "least recently used", used))
+                candidates.append(entry)
+                times.append(used)
         self.census.read_aside(int((self.now - WEEK) * 1e9))
         for each in going:  # all have been counted: now it is known what they share
             self._let_go(each)
@@ -137,10 +143,10 @@ class _Planning:
         self.total += gone
         self.freed += gone
         if max_bytes is not None:
-            for each in sorted(candidates, key=lambda candidate: (candidate.used, candidate.key)):
+            for index in sorted(range(len(times)), key=lambda index: (times[index], candidates[index].key)):
                 if self.total - self.freed <= max_bytes:
                     break
-                self._let_go(each)
+                self._let_go(Going(candidates[index], "least recently used", times[index]))
         return self._finish([*others, *self._stamped()], left, max_bytes)
 
     def _finish(self, blobs: list[Unnamed], left: list[Leftover], max_bytes: int | None) -> PrunePlan:
@@ -181,7 +187,7 @@ class _Planning:
         self.going.append(going)
         free = self.census.forget(entry)
         self.free += free
-        self.freed += entry.bytes + sum(size for _, size in free) + folder_bytes(self.layout.adapters / entry.key)
+        self.freed += entry.length + sum(size for _, size in free) + folder_bytes(self.layout.adapters / entry.key)
 
     def _unnamed(self) -> list[Unnamed]:
         """Blobs that no manifest names, and that are old enough to go."""
@@ -189,7 +195,7 @@ class _Planning:
         going = {digest for digest, _ in self.free}
         for item in _blobs(self.layout):
             digest = bytes.fromhex(item.name)
-            if digest in self.census.named or digest in going:
+            if self.census.count(digest) or digest in going:
                 continue
             with suppress(FileNotFoundError):
                 status = item.stat(follow_symlinks=False)
@@ -214,7 +220,6 @@ def _blobs(layout: Layout) -> Iterator[os.DirEntry[str]]:
             folder = layout.blobs / (first + second)
             if folder.is_symlink():  # what lies there is not the store's
                 continue
-            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as items:
-                for item in items:
-                    if _BLOB.fullmatch(item.name) and item.name[:2] == first + second:
-                        yield item
+            for item in scan(folder):
+                if _BLOB.fullmatch(item.name) and item.name[:2] == first + second:
+                    yield item

@@ -168,7 +168,7 @@ class _Sweeper:
         return True
 
     def _is_named(self, sha256: str) -> bool:
-        return bool(self.census.blind) or bytes.fromhex(sha256) in self.census.named
+        return bool(self.census.blind) or self.census.count(bytes.fromhex(sha256)) > 0
 
     def _forget(self, key: str, manifest: Path) -> None:
         """Remove what belongs to an entry that is gone."""

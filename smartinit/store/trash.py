@@ -9,7 +9,6 @@ killed process goes on with it by the same rule.
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 from contextlib import suppress
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from smartinit.store import durable
 from smartinit.store.leftovers import TRASH
+from smartinit.store.scanning import scan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -61,11 +61,10 @@ def discard(layout: Layout, kind: str, name: str, modified_ns: int) -> bool:
 def trash_of(layout: Layout, kind: str) -> list[Trash]:
     """All that is on its way out, whoever put it there."""
     found = []
-    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(layout.unfinished) as items:
-        for item in items:
-            match = _NAME.fullmatch(item.name)
-            if match and match[1] == kind:
-                found.append(Trash(layout.unfinished / item.name, match[2], int(match[3])))
+    for item in scan(layout.unfinished):
+        match = _NAME.fullmatch(item.name)
+        if match and match[1] == kind:
+            found.append(Trash(layout.unfinished / item.name, match[2], int(match[3])))
     return found
 
 

@@ -19,6 +19,7 @@ from smartinit.store.census import GONE, read_manifest
 from smartinit.store.keys import check_name
 from smartinit.store.pins import refuse_read_only
 from smartinit.store.regular import read_small
+from smartinit.store.scanning import scan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -121,12 +122,12 @@ class _Verification:
         self._put_aside(path, _which(path))
 
     def _blob_files(self) -> Iterator[Path]:
-        for folder in _names(self.layout.blobs):
+        for folder in scan(self.layout.blobs):
             path = Path(folder.path)
             if not folder.is_dir(follow_symlinks=False):
                 self._strange(path, "lies where only folders of blobs are")
                 continue
-            for item in _names(path):
+            for item in scan(path):
                 if _BLOB_NAME.fullmatch(item.name) and item.name.startswith(folder.name):
                     yield path / item.name
                 else:
@@ -151,7 +152,7 @@ class _Verification:
             self._put_aside(path, which)
 
     def _manifest_files(self, folder: Path) -> Iterator[tuple[Path, str]]:
-        for item in _names(folder):
+        for item in scan(folder):
             path = folder / item.name
             key = item.name.removesuffix(".json")
             try:
@@ -257,8 +258,3 @@ def _which(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
-
-
-def _names(folder: Path) -> Iterator[os.DirEntry[str]]:
-    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as items:
-        yield from items
