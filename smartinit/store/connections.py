@@ -30,6 +30,7 @@ READ_ONLY = {"hf", "http", "https"}
 _OTHERS = {"webdav", "webdavs", "sftp", "ssh"}
 PROTOCOLS = frozenset(_WHOLE | READ_ONLY | _OTHERS)
 _UNFINISHED = "tmp"
+_FAREWELL = 2.0  # seconds
 
 
 class Connection:
@@ -216,7 +217,24 @@ def connect(url: str, options: Mapping[str, Any], timeout: float) -> Connection:
     if scheme in ("s3", "s3a"):
         files.retries = 1  # `Transport.attempt` repeats
     root = kind._strip_protocol(url)  # noqa: SLF001
-    return (_Asynchronous if getattr(files, "async_impl", False) else Connection)(files, root, scheme)
+    if not getattr(files, "async_impl", False):
+        return Connection(files, root, scheme)
+    connection = _Asynchronous(files, root, scheme)
+    weakref.finalize(connection, _close_session, files).atexit = False
+    return connection
+
+
+def _close_session(files: Any) -> None:  # noqa: ANN401
+    """End a session's connections; fsspec itself waits for that a tenth of a second, which busy machines exceed."""
+    from fsspec.asyn import sync
+
+    async def close() -> None:
+        session = getattr(files, "_s3", None) or getattr(files, "_session", None)
+        if session is not None:
+            await session.__aexit__(None, None, None)
+
+    with suppress(Exception):
+        sync(files.loop, close, timeout=_FAREWELL)
 
 
 def _limits(scheme: str, options: Mapping[str, Any], timeout: float) -> dict[str, Any]:

@@ -170,7 +170,7 @@ class Listener:
             threading.Thread(target=self._run, args=(connection,), daemon=True).start()
 
     def _run(self, connection: socket.socket) -> None:
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError), connection:
             self._serve(connection)
 
 
@@ -207,9 +207,8 @@ class Http(Listener):
             head += more
         method, path, *_ = head.decode("latin-1").split(" ", 2)
         self.asked.append(f"{method} {path}")
-        with connection:
-            for piece in self._answer(method, path):
-                connection.sendall(piece)
+        for piece in self._answer(method, path):
+            connection.sendall(piece)
 
 
 def reply(content: bytes, status: str = "200 OK", length: int | None = None) -> bytes:
@@ -225,17 +224,16 @@ class Proxy(Listener):
         self._target = port
         self.fault: Callable[[bytes], bytes | None] | None = None
         """Gets each piece of an answer; None: hang up."""
-        self.requests = 0
         super().__init__(self._join)
 
     def _join(self, connection: socket.socket) -> None:
-        there = socket.create_connection((LOOPBACK, self._target), timeout=30)
-        self.keep(there)
-        threading.Thread(target=self._back, args=(there, connection), daemon=True).start()
-        while piece := connection.recv(1 << 16):
-            self.requests += piece.count(b" HTTP/1.1\r\n")
-            there.sendall(piece)
-        there.shutdown(socket.SHUT_WR)
+        with socket.create_connection((LOOPBACK, self._target), timeout=30) as there:
+            back = threading.Thread(target=self._back, args=(there, connection), daemon=True)
+            back.start()
+            while piece := connection.recv(1 << 16):
+                there.sendall(piece)
+            there.shutdown(socket.SHUT_RDWR)
+            back.join(10)
 
     def _back(self, there: socket.socket, connection: socket.socket) -> None:
         with suppress(OSError):
