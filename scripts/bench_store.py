@@ -1,11 +1,12 @@
 """Reading from the store beside `safetensors.torch.load_file`, and writing to it; prints docs/benchmarks.md's tables.
 
-    .venv/bin/python scripts/bench_store.py [--size 1.0] [--repeats 9] [--cold]
+    .venv/bin/python scripts/bench_store.py [--size 1.0] [--repeats 15] [--cold]
 
 `load_file` maps: its tensors are read when they are used, and nothing is checked. So both are timed until the values
 lie in memory of one's own, as a trainer has them: in new tensors, and in parameters that exist already. The contenders
-take turns in one process, the file in the page cache (unless --cold), and the best of the repeats counts: the rest
-measures what else the machine does.
+take turns in one process, each pair in either order, the file in the page cache (unless --cold). Times are the best of
+the repeats; speeds are the medians of `load_file`'s time over that of the store right before or after it, which leaves
+out what else the machine does.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size", type=float, default=1.0, help="GB of the one large tensor")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--folder", type=Path, help="where the store is made; default: a temporary folder")
     parser.add_argument("--cold", action="store_true", help="empty the page cache before each reading (root)")
     options = parser.parse_args(argv)
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
             size = sum(tensor.nbytes for tensor in tensors.values())
             reading.append([name, f"{size / 1e6:,.0f}", *_reading_row(times)])
             writing.append(
-                [name, *(f"{times[way] * 1e3:,.0f}" for way in _WRITING), f"{size / 1e9 / times['put']:.2f}"]
+                [name, *(f"{min(times[way]) * 1e3:,.0f}" for way in _WRITING), f"{size / 1e9 / min(times['put']):.2f}"]
             )
     print(table(["", "MB", *_COLUMNS], reading, words=[""]))
     print()
@@ -93,29 +95,31 @@ _COLUMNS = [
 ]
 
 
-def _reading_row(times: dict[str, float]) -> list[str]:
-    def milliseconds(way: str) -> str:
-        return f"{times[way] * 1e3:,.1f}"
+def _reading_row(times: dict[str, list[float]]) -> list[str]:
+    def best(way: str) -> str:
+        return f"{min(times[way]) * 1e3:,.1f}"
 
-    new, old = times["load_file, clone"], times["load_file, copy_"]
+    def speed(theirs: str, ours: str) -> str:
+        return f"{median(one / other for one, other in zip(times[theirs], times[ours], strict=True)):.0%}"
+
     return [
-        *(milliseconds(way) for way in _COLUMNS[:2]),
-        f"{new / times['get(own=True)']:.0%}",
-        *(milliseconds(way) for way in _COLUMNS[3:5]),
-        f"{old / times['get(own=parameters)']:.0%}",
-        *(milliseconds(way) for way in _COLUMNS[6:]),
+        *map(best, _COLUMNS[:2]),
+        speed(*_COLUMNS[:2]),
+        *map(best, _COLUMNS[3:5]),
+        speed(*_COLUMNS[3:5]),
+        *map(best, _COLUMNS[6:]),
     ]
 
 
-def measure(tensors: Tensors, folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Best seconds of each way."""
+def measure(tensors: Tensors, folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each way, in the order of the repeats."""
     store, saved = Store(folder / "cache"), folder / "saved.safetensors"
-    best: dict[str, float] = {}
+    found: dict[str, list[float]] = {}
 
     def timed(way: str, call: Callable[[], object]) -> None:
         began = time.perf_counter()
         result = call()
-        best[way] = min(best.get(way, 1e9), time.perf_counter() - began)
+        found.setdefault(way, []).append(time.perf_counter() - began)
         del result
 
     for _ in range(2):
@@ -140,21 +144,23 @@ def measure(tensors: Tensors, folder: Path, options: argparse.Namespace) -> dict
 
     ways: dict[str, Callable[[], object]] = {
         "load_file, clone": lambda: {name: tensor.clone() for name, tensor in load_file(path).items()},
-        "get(own=True)": lambda: store.get("key", own=True).close(),
-        "get, clone": lambda: {name: tensor.clone() for name, tensor in got().items()},
+        "get(own=True)": lambda: store.get("key", own=True),
         "load_file, copy_": lambda: copied(load_file(path)),
-        "get(own=parameters)": lambda: store.get("key", own=parameters).close(),
+        "get(own=parameters)": lambda: store.get("key", own=parameters),
+        "get, clone": lambda: {name: tensor.clone() for name, tensor in got().items()},
         "get, copy_": lambda: copied(got()),
         "get alone": got,
         "load_file alone": lambda: load_file(path),
     }
-    for _ in range(options.repeats):
-        for way, call in ways.items():
+    names = list(ways)
+    turned = [names[1], names[0], names[3], names[2], *names[4:]]
+    for repeat in range(options.repeats):
+        for way in turned if repeat % 2 else names:
             if options.cold:
                 os.sync()
                 Path("/proc/sys/vm/drop_caches").write_text("1")
-            timed(way, call)
-    return best
+            timed(way, ways[way])
+    return found
 
 
 if __name__ == "__main__":

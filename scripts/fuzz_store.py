@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 SLOW = 5.0
+_MEMORY = Path("/dev/shm")  # noqa: S108 - where there is one
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
@@ -59,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         names = options.target or ["manifest", "header", "key", "memo", "entry", "remote"]
         run = _atheris
     print(f"engine {options.engine}, seed {options.seed}, {options.seconds:.0f} s for {len(names)} targets", flush=True)
+    if "TMPDIR" not in os.environ and os.access(_MEMORY, os.W_OK):
+        os.environ["TMPDIR"] = tempfile.tempdir = str(_MEMORY)  # thousands of small files a second
     results = []
     for name in names:
         results.append(run(name, options.seconds / len(names), options))
@@ -128,7 +132,13 @@ def _atheris(name: str, seconds: float, options: argparse.Namespace) -> Result:
         command += [f"-max_total_time={max(int(seconds), 1)}", f"-timeout={SLOW:.0f}", "-rss_limit_mb=6000"]
         command += ["-max_len=20000", "-print_final_stats=1", f"-artifact_prefix={findings}/"]
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=seconds + 600, check=False
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds + 600,
+            check=False,
+            env=os.environ | {"TMPDIR": scratch},  # libFuzzer ends without cleaning up
         )
     executions = re.search(r"stat::number_of_executed_units:\s*(\d+)", done.stderr)
     last = [line for line in done.stderr.splitlines() if line.strip()][-60:]

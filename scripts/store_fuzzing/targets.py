@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
 import re
+import shutil
 import struct
 import tempfile
 import time
@@ -199,9 +201,10 @@ def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 
 @cache
 def _folder() -> Path:
-    """Scratch of this process, in memory where that can be."""
-    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108
-    return Path(tempfile.mkdtemp(prefix="fuzz-store-", dir=base))
+    """Scratch of this process."""
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-store-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @cache

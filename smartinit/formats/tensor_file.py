@@ -139,18 +139,18 @@ def tensors_in(whole: torch.Tensor, where: str) -> dict[str, torch.Tensor]:
 
 
 def places_for(
-    read: Callable[[int], bytes], size: int, where: str, into: Mapping[str, torch.Tensor]
-) -> tuple[bytes, list[memoryview]]:
-    """Where the bytes of a file belong, if its tensors are to be read into others.
+    read: Callable[[int], bytes], size: int, where: str, into: Mapping[str, torch.Tensor] | None = None
+) -> tuple[bytes, list[memoryview], dict[str, torch.Tensor]]:
+    """Where the bytes of a file belong, if its tensors are to be read into memory of one's own.
 
     Args:
         read: gives the file's next bytes, as many as it is asked for.
         size: of the file, bytes.
         where: the file's name, for messages.
-        into: of the names, shapes and dtypes in the file, on the CPU and contiguous.
+        into: of the names, shapes and dtypes in the file, on the CPU and contiguous; None: new ones.
 
     Returns:
-        The file up to the first tensor, and the memory of the tensors in the file's order.
+        The file up to the first tensor; the memory of the tensors in the file's order; the tensors.
 
     Raises:
         ArtefactError: no safetensors file.
@@ -161,21 +161,30 @@ def places_for(
         content += read(min(struct.unpack("<Q", content)[0], MAX_HEADER, size))
     start, header = parse_header(content, size, where)
     header.pop(_METADATA, None)
-    if header.keys() != into.keys():
+    if into is not None and header.keys() != into.keys():
         odd = next(iter(header.keys() ^ into.keys()))
         raise ArgumentError(f"'{where}' and the tensors to read it into differ in the names, such as {shown(odd)}")
-    places = []
+    places, tensors = [], {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        tensor, dtype, shape = into[name], _TORCH[entry["dtype"]], tuple(entry["shape"])
-        plain = tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
-        if not plain or tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            raise ArgumentError(
-                f"tensor {shown(name)} of '{where}' is {dtype} {shape}, which cannot be read into one that is "
-                f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; give a contiguous one like it"
-            )
+        if into is None:
+            tensor = torch.empty(entry["shape"], dtype=_TORCH[entry["dtype"]])
+        else:
+            tensor = into[name]
+            _check_place(name, tensor, entry, where)
+        tensors[name] = tensor
         if tensor.numel():
             places.append(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
-    return content[:start], places
+    return content[:start], places, tensors
+
+
+def _check_place(name: str, tensor: torch.Tensor, entry: dict[str, Any], where: str) -> None:
+    dtype, shape = _TORCH[entry["dtype"]], tuple(entry["shape"])
+    plain = tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+    if not plain or tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise ArgumentError(
+            f"tensor {shown(name)} of '{where}' is {dtype} {shape}, which cannot be read into one that is "
+            f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; give a contiguous one like it"
+        )
 
 
 def map_tensors(path: Path, size: int) -> tuple[memoryview, dict[str, torch.Tensor]]:
@@ -255,7 +264,8 @@ def _tensor_problem(entry: dict[str, Any]) -> str | None:
     numbers = (*shape, begin, end)
     if type(shape) is not list or len(shape) > _MOST_DIMENSIONS or {*map(type, numbers)} != {int}:
         return "sizes that are no counts"
-    if min(numbers) < 0 or max(numbers) >= _LARGEST or math.prod(max(size, 1) for size in shape) >= _LARGEST:
+    most = dtype.itemsize * math.prod(max(size, 1) for size in shape)  # with a zero in it, strides may still overflow
+    if min(numbers) < 0 or max(numbers) >= _LARGEST or most >= _LARGEST:
         return "sizes that no tensor has"
     if end - begin != math.prod(shape) * dtype.itemsize:
         return "another length than its shape"

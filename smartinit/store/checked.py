@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from smartinit.store.blobs import Blob
 
-_STEP = 1 << 20  # bytes that are read and then digested while the processor's cache still has them
+_STEP = 1 << 19  # bytes that are read and then digested while the processor's cache still has them
 _MOST_BUFFERS = 512  # that one call of the system fills
 _SEEKING = threading.Lock()
 
@@ -46,19 +46,13 @@ def own_tensors(
         ArgumentError: other tensors than those of ``into``, which is as it was.
         OSError: it cannot be read.
     """
-    import torch
-
-    from smartinit.formats.tensor_file import places_for, tensors_in
+    from smartinit.formats.tensor_file import places_for
 
     with open_regular(path) as file:
         check_size(path, blob, os.fstat(file.fileno()).st_size)
-        if into is None:
-            whole = torch.empty(blob.size, dtype=torch.uint8)
-            _read_checked(file, [whole.numpy().data], path, blob)
-            return whole.numpy().data, tensors_in(whole, str(path))
-        head, places = places_for(file.read, blob.size, str(path), into)
+        head, places, tensors = places_for(file.read, blob.size, str(path), into)
         _read_checked(file, [memoryview(bytearray(head)), *places], path, blob)
-        return mapped(file, blob.size), dict(into)
+        return mapped(file, blob.size), tensors
 
 
 def _read_checked(file: BinaryIO, buffers: Sequence[memoryview], path: Path, blob: Blob) -> None:
