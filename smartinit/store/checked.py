@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from smartinit.store.blobs import Blob
 
-_STEP = 1 << 19  # bytes that are read and then digested while the processor's cache still has them
+_STEP = 1 << 20  # bytes that are read and then digested while the processor's cache still has them
 _MOST_BUFFERS = 512  # that one call of the system fills
 _SEEKING = threading.Lock()
 
