@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import struct
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from smartinit.errors import StoreError, VerificationError
@@ -16,6 +15,7 @@ from smartinit.store.scanning import scan
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
+    from pathlib import Path
 
     from smartinit.store.layout import Layout
 
@@ -123,7 +123,7 @@ class Census:
             mark = hash((item.name, status.st_ino, status.st_mtime_ns, status.st_size, aside))
             if mark in self._read or status.st_mtime_ns < oldest_ns:
                 return None
-            manifest, length = read_manifest(Path(item.path), key)
+            manifest, length = read_manifest(item.path, key)
         except VerificationError:
             self.damaged.append(item.path)
             return None
@@ -143,7 +143,7 @@ def _short(digest: bytes) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
-def read_manifest(path: Path, key: str) -> tuple[Manifest, int]:
+def read_manifest(path: Path | str, key: str) -> tuple[Manifest, int]:
     """A manifest and its bytes.
 
     Raises:

@@ -90,7 +90,7 @@ def restore_mark(layout: Layout, mark: Path) -> None:
         durable.touch(mark)
 
 
-def folder_bytes(folder: Path) -> int:
+def folder_bytes(folder: Path | str) -> int:
     """Bytes that are free when a folder is removed: links to blobs count nothing."""
     total = 0
     for root, _, names in os.walk(folder):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smartinit.errors import StoreError, VerificationError
@@ -90,7 +89,7 @@ def stored_bytes(layout: Layout) -> int:
 
 def _read(item: os.DirEntry[str], key: str, used: str, pinned: set[str], leased: set[str]) -> Listed | None:
     try:
-        manifest, _ = read_manifest(Path(item.path), key)
+        manifest, _ = read_manifest(item.path, key)
     except (OSError, VerificationError) as error:
         if isinstance(error, OSError) and error.errno in GONE:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from array import array
@@ -18,7 +19,6 @@ from smartinit.store.scanning import scan
 from smartinit.store.sweep import Freed, Going, Unnamed, last_use, sweep
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator
 
     from smartinit.store.census import Counted
@@ -115,6 +115,7 @@ class _Planning:
         self.marks = leased_keys(local.layout), pinned_keys(local.layout)
         self.stay: tuple[list[str], list[str]] = [], []
         self.going: list[Going] = []
+        self.adapters = os.fspath(local.layout.adapters)
         self.count = self.total = self.freed = 0
         self.free: list[tuple[bytes, int]] = []
 
@@ -123,10 +124,11 @@ class _Planning:
         going: list[Going] = []
         candidates: list[Counted] = []
         times = array("d")  # of their last use
+        folder = os.fspath(self.layout.used)
         for entry in self.census.read():
             self.count += 1
             self.total += entry.length + sum(size for digest, size in entry.blobs() if self.census.count(digest) == 1)
-            used = last_use(self.layout, entry)
+            used = last_use(folder, entry)
             if max_age is not None and self.now - entry.modified_ns / 1e9 > max_age:
                 going.append(Going(entry, "too old", used))
             elif unused_for is not None and self.now - used > unused_for:
@@ -187,7 +189,7 @@ class _Planning:
         self.going.append(going)
         free = self.census.forget(entry)
         self.free += free
-        self.freed += entry.length + sum(size for _, size in free) + folder_bytes(self.layout.adapters / entry.key)
+        self.freed += entry.length + sum(size for _, size in free) + folder_bytes(f"{self.adapters}/{entry.key}")
 
     def _unnamed(self) -> list[Unnamed]:
         """Blobs that no manifest names, and that are old enough to go."""
@@ -207,10 +209,11 @@ class _Planning:
 
     def _stamped(self) -> Iterator[Unnamed]:
         """The blobs of the entries that go, as they are now."""
+        blobs = os.fspath(self.layout.blobs)
         for digest, size in self.free:
             sha256 = digest.hex()
             with suppress(OSError):
-                yield Unnamed(sha256, size, self.layout.blob(sha256).lstat().st_mtime_ns)
+                yield Unnamed(sha256, size, os.lstat(f"{blobs}/{sha256[:2]}/{sha256}").st_mtime_ns)
 
 
 def _blobs(layout: Layout) -> Iterator[os.DirEntry[str]]:

@@ -18,14 +18,14 @@ for _name in ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):
     _FLAGS |= getattr(os, _name, 0)  # O_NONBLOCK: a pipe without a writer would be waited for
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path | str) -> BinaryIO:
     """A file for reading, unbuffered.
 
     Raises:
         VerificationError: a link, folder, pipe, socket or device.
         OSError: it cannot be opened.
     """
-    if not hasattr(os, "O_NOFOLLOW") and path.is_symlink():
+    if not hasattr(os, "O_NOFOLLOW") and os.path.islink(path):  # noqa: PTH114 - see read_small
         raise VerificationError(f"'{path}' is no regular file")
     try:
         descriptor = os.open(path, _FLAGS)
@@ -39,8 +39,10 @@ def open_regular(path: Path) -> BinaryIO:
     return open(descriptor, "rb", buffering=0)  # noqa: PTH123 - a descriptor
 
 
-def read_small(path: Path, most: int) -> bytes:
+def read_small(path: Path | str, most: int) -> bytes:
     """A file's bytes.
+
+    Whoever reads very many gives text: a Path costs as much time as the rest, and keeps each of its parts in memory.
 
     Raises:
         VerificationError: more than ``most`` bytes, or no regular file.

@@ -106,10 +106,15 @@ def sweep(
     return Freed(sweeper.bytes, gone, blobs_gone, others_gone, keys, tuple(sweeper.problems))
 
 
-def last_use(layout: Layout, entry: Counted) -> float:
-    """When an entry was last read, or else stored; seconds since the epoch."""
+def last_use(used: str, entry: Counted) -> float:
+    """When an entry was last read, or else stored; seconds since the epoch.
+
+    Args:
+        used: the folder of marks; as text, since this is asked very often.
+        entry: which.
+    """
     try:
-        return os.stat(f"{layout.used}/{entry.key}").st_mtime  # noqa: PTH116 - once for every entry
+        return os.stat(f"{used}/{entry.key}").st_mtime  # noqa: PTH116 - once for every entry
     except OSError:
         return entry.modified_ns / 1e9
 
@@ -125,9 +130,9 @@ class _Sweeper:
     def entries(self, entries: Sequence[Going]) -> tuple[list[Going], int]:
         """Remove entries; returns those that stay after all, and how many are gone."""
         leased, pinned = leased_keys(self.layout), pinned_keys(self.layout)
-        ours = {}
+        used, ours = os.fspath(self.layout.used), {}
         for going in entries:
-            busy = going.key in leased or going.key in pinned or last_use(self.layout, going.entry) > going.used
+            busy = going.key in leased or going.key in pinned or last_use(used, going.entry) > going.used
             if not busy:
                 self._discard(ENTRY, going.key, going.entry.modified_ns)
             ours[going.key] = going
