@@ -44,7 +44,8 @@ class Observed:
         bad_batches: indices of batches skipped for NaN or Inf.
         seconds: wall time of the passes.
         settled: names of leaders of sites that reached ``tau``.
-        absent: targets that are known not to run on these data.
+        never_ran: targets that are known not to run on these data.
+        without_gradient: targets that no loss of these data is known to depend on.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -54,7 +55,8 @@ class Observed:
     bad_batches: list[int] = field(default_factory=list)
     seconds: float = 0.0
     settled: set[str] = field(default_factory=set)
-    absent: set[str] = field(default_factory=set)
+    never_ran: set[str] = field(default_factory=set)
+    without_gradient: set[str] = field(default_factory=set)
 
     @property
     def site_of(self) -> dict[str, Site]:
@@ -124,7 +126,7 @@ def observe(
             "once; pass a list or a DataLoader, or compute the methods one after the other"
         )
     in_file = None if files is None else files.sites(target.name for target in _union(reading))
-    there = out.site_of.keys() | out.absent
+    there = out.site_of.keys() | out.never_ran
     unread = [target for target in _union(reading) if target.name not in there]
     if in_file is not None:
         out.sites = in_file
@@ -156,7 +158,7 @@ def observe(
             files.keep_sites(out.sites)
     for job in reading:
         _check_rows(job, out.site_of)
-    there = out.gradients.keys() | out.absent
+    there = out.gradients.keys() | out.without_gradient
     unlearnt = [target for target in _union(learning) if target.name not in there]
     if unlearnt:
         from smartinit.gradients import collect_gradients

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import accumulate, chain, zip_longest
 from typing import TYPE_CHECKING, Any
 
-from smartinit.activations.row_content import row_digests
+from smartinit.activations.row_content import batch_digest, row_digests
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -31,6 +31,8 @@ class RowLog:
         self._ignored = label_mask_value
         self._rows = bytearray()
         self._ends: list[int] = []
+        self.whole: list[bytes] = []
+        """One sha256 per batch so far, of the batch as it is: padding and all."""
 
     @property
     def rows(self) -> int:
@@ -58,8 +60,10 @@ class RowLog:
         Raises:
             ConfigError: something in it has no content digest.
         """
+        whole = batch_digest(batch, self.batches)
         self._rows += b"".join(row_digests(batch, self.batches, self._ignored))
         self._ends.append(self.rows)
+        self.whole.append(whole)
 
     def at_rows(self, count: int) -> str | None:
         """Sha256 over the first ``count`` rows; None if there are fewer."""

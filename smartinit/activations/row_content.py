@@ -78,9 +78,7 @@ def row_digests(batch: Any, number: int, label_mask_value: int = -100) -> list[b
     """
     rows = _rows_of(batch)
     if rows is None:
-        whole = hashlib.sha256(b"batch")
-        _feed(whole, batch, "", number, 0)
-        return [whole.digest()]
+        return [batch_digest(batch, number)]
     fields = {name: _column(batch[name], name, number) for name in sorted(batch)}
     ends = _ends(batch, fields, rows, label_mask_value)
     made = []
@@ -94,6 +92,17 @@ def row_digests(batch: Any, number: int, label_mask_value: int = -100) -> list[b
                 _feed(sha, value[row] if isinstance(value, (list, tuple)) else value, name, number, 0)
         made.append(sha.digest())
     return made
+
+
+def batch_digest(batch: Any, number: int) -> bytes:  # noqa: ANN401 - any batch
+    """One sha256 of a batch as it is, padding included.
+
+    Raises:
+        ConfigError: see `row_digests`.
+    """
+    whole = hashlib.sha256(b"batch")
+    _feed(whole, batch, "", number, 0)
+    return whole.digest()
 
 
 def _rows_of(batch: object) -> int | None:

@@ -53,6 +53,9 @@ class Batches:
         DataError: no row has a token that counts.
     """
 
+    repeatable = True
+    """Every iteration gives the same: what reads them to name them need not keep them."""
+
     def __init__(
         self,
         rows: Rows,

@@ -45,6 +45,22 @@ def failing_rank(failed: bool, device: torch.device, *, over: bool = False) -> t
     return (int(rank) - 1 if rank else None), bool(end)
 
 
+def exchange_bytes(mine: bytes, device: torch.device) -> list[bytes]:
+    """What every rank has, on every rank; two all-gathers of numbers."""
+    if world_size() == 1:
+        return [mine]
+    length = torch.tensor([len(mine)], device=device)
+    lengths = [torch.empty_like(length) for _ in range(world_size())]
+    dist.all_gather(lengths, length)
+    most = max(int(number) for number in lengths)
+    if not most:
+        return [b""] * len(lengths)
+    padded = torch.frombuffer(bytearray(mine.ljust(most, b"\0")), dtype=torch.uint8).to(device)
+    every = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(every, padded)
+    return [bytes(part.cpu().numpy())[: int(number)] for part, number in zip(every, lengths, strict=True)]
+
+
 def merge_over_ranks(
     statistics: Sequence[Statistic],
     names: Sequence[str],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from smartinit.artefact import Artefact
 from smartinit.assembly import recipe_of
-from smartinit.errors import ArtefactError, OutputError, SmartinitError, VerificationError
+from smartinit.errors import ArtefactError, SmartinitError, VerificationError
 from smartinit.formats.record import read_record_only
 from smartinit.reuse.keeping import LOG
 from smartinit.store.keys import Key
@@ -72,15 +72,15 @@ def load_artefact(keeper: Keeper, key: Key, job: Job, *, ended: bool) -> Artefac
     entry = keeper.get(key)
     if entry is None:
         return None
-    with entry, tempfile.TemporaryDirectory(prefix="smartinit-") as scratch:
-        folder = Path(scratch)
-        try:
+    try:
+        with entry, tempfile.TemporaryDirectory(prefix="smartinit-") as scratch:
+            folder = Path(scratch)
             for name, blob in entry.files.items():
                 _place(blob, folder / name)
             artefact = Artefact.load(folder)
-        except (ArtefactError, VerificationError, OSError) as error:
-            LOG.warning("the stored artefact %s cannot be used (%s); computing it again", key.digest[:12], error)
-            return None
+    except (ArtefactError, VerificationError, OSError) as error:
+        LOG.warning("the stored artefact %s cannot be used (%s); computing it again", key.digest[:12], error)
+        return None
     return replace(artefact, config=job.request.config)
 
 
@@ -93,29 +93,29 @@ def keep_artefact(keeper: Keeper, key: Key, artefact: Artefact, *, settled: bool
         artefact: what was computed.
         settled: whether more data would not have been read.
     """
-    with tempfile.TemporaryDirectory(prefix="smartinit-") as scratch:
-        folder = Path(scratch) / "adapter"
-        try:
-            artefact.save(folder)
-        except OutputError:
-            raise
-        except SmartinitError as error:  # not every artefact has a form that a folder can hold
-            LOG.info("the artefact is not stored: %s", error)
-            return
-        record = read_record_only(folder)
-        files: dict[str, bytes | Path] = {
-            path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()
-        }
-        meta = {
-            "method": artefact.recipe.method,
-            "ranks": artefact.plan.total,
-            "layers": len(artefact.plan.ranks),
-            "recipe": str(record["recipe_digest"]),
-            "plan": str(record["plan_digest"]),
-            "settled": settled,
-        }
-        compare = [name for name in files if name.endswith(".safetensors")]
-        keeper.put(key, meta=meta, files=files, tags=["artefact"], compare=compare)
+    try:
+        with tempfile.TemporaryDirectory(prefix="smartinit-") as scratch:
+            _keep_folder(keeper, key, artefact, Path(scratch) / "adapter", settled=settled)
+    except (SmartinitError, OSError) as error:  # no form that a folder can hold, or no room for it: it is computed
+        LOG.warning("the artefact %s is not stored: %s", key.digest[:12], error)
+
+
+def _keep_folder(keeper: Keeper, key: Key, artefact: Artefact, folder: Path, *, settled: bool) -> None:
+    artefact.save(folder)
+    record = read_record_only(folder)
+    files: dict[str, bytes | Path] = {
+        path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()
+    }
+    meta = {
+        "method": artefact.recipe.method,
+        "ranks": artefact.plan.total,
+        "layers": len(artefact.plan.ranks),
+        "recipe": str(record["recipe_digest"]),
+        "plan": str(record["plan_digest"]),
+        "settled": settled,
+    }
+    compare = [name for name in files if name.endswith(".safetensors")]
+    keeper.put(key, meta=meta, files=files, tags=["artefact"], compare=compare)
 
 
 def _place(blob: Path, path: Path) -> None:

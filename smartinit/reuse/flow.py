@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from smartinit.activations.state import model_device
 from smartinit.computation import compute_fresh
-from smartinit.distributed.passes import RanksInStep
+from smartinit.distributed.passes import RanksInStep, most_passes
 from smartinit.distributed.reduce import any_rank, is_first_rank, world_size
-from smartinit.errors import ArgumentError, ConfigError, ModelError, NotStoredError
+from smartinit.errors import ArgumentError, ConfigError, ModelError, NotStoredError, StoreError
 from smartinit.reuse.artefacts import artefact_key, keep_artefact, load_artefact
 from smartinit.reuse.data import OfferedData
 from smartinit.reuse.identity import Identity
@@ -47,14 +49,15 @@ def compute_or_reuse(
         raise ConfigError("there is no store to look into")
     together = options.merge_ranks and world_size() > 1
     ranks = RanksInStep(model_device(model) or torch.device("cpu"), together)
-    named = _named(model, jobs, dataloader, options, ranks)
-    if named is None:
-        return compute_fresh(model, jobs, dataloader, options)
-    identity, data = named
+    if isinstance(dataloader, Iterator):  # it is read once, and may be asked for twice
+        dataloader = list(islice(dataloader, most_passes(dataloader, options.max_batches)))
+    identity, data = _named(model, jobs, dataloader, options, ranks)
+    if identity is None:
+        return compute_fresh(model, jobs, dataloader if data is None else data.first_pass(), options)
     writes = is_first_rank() or not options.merge_ranks
     keeper = Keeper(options.store, writes=writes, replace=options.refresh)
     try:
-        return _Call(model, jobs, data, options, identity, keeper, ranks).results()
+        return _Call(model, jobs, dataloader, data, options, identity, keeper, ranks).results()
     finally:
         if data is not None:
             data.close()
@@ -62,8 +65,8 @@ def compute_or_reuse(
 
 def _named(
     model: nn.Module, jobs: Sequence[Job], dataloader: Iterable[Any] | None, options: Options, ranks: RanksInStep
-) -> tuple[Identity, OfferedData | None] | None:
-    """What the model and the data are called; None if one of them, on any rank, has no name: with a warning."""
+) -> tuple[Identity | None, OfferedData | None]:
+    """What the model and the data are called; no identity if one of them, on any rank, has none: with a warning."""
     reads = dataloader is not None and any(job.method.needs is not None for job in jobs)
     why, identity, data = None, None, None
     try:
@@ -71,19 +74,17 @@ def _named(
         why = identity.problem if reads else None
     except (ModelError, ArgumentError) as error:
         why = str(error)
-    if why is None and dataloader is not None and reads and not ranks.exchange:
-        try:
-            data = OfferedData(dataloader, options.max_batches, together=False, device=ranks.device)
-            _ = data.first
-        except ConfigError as error:
-            why = str(error)
+    if reads and dataloader is not None:
+        data = OfferedData(dataloader, options.max_batches)
+        if ranks.exchange:
+            data.share(ranks.device)
+        else:
+            data.look()
+        why = why or data.problem
     if any_rank([why is not None], ranks.device)[0] if ranks.exchange else why is not None:
         warnings.warn(f"the store is not used: {why or 'another rank says why'}", stacklevel=5)
-        return None
-    if dataloader is not None and reads and ranks.exchange:
-        with ranks.failing_together():
-            data = OfferedData(dataloader, options.max_batches, together=True, device=ranks.device)
-    return None if identity is None else (identity, data)
+        return None, data
+    return identity, data
 
 
 @dataclass
@@ -92,6 +93,7 @@ class _Call:
 
     model: nn.Module
     jobs: Sequence[Job]
+    dataloader: Iterable[Any] | None
     data: OfferedData | None
     options: Options
     identity: Identity
@@ -132,7 +134,8 @@ class _Call:
             return [None]
         if self.data is None:
             return []
-        return list(Runs(self.keeper, self.identity.policy(job), self.data).matching())
+        policy, unit = self.identity.policy(job), self.identity.unit(job)
+        return list(Runs(self.keeper, policy, self.data, unit).matching())
 
     def _compute(self, indices: Sequence[int]) -> None:
         """The other tiers, and the rest."""
@@ -143,8 +146,7 @@ class _Call:
         if meta and any(job.request.config.use_dora for job in jobs):
             raise NotStoredError("DoRA's magnitudes are norms of the model's weights, which are not loaded")
         session = Session(self.keeper, self.identity, self.data, self.options, self.ranks, has_weights=not meta)
-        batches = None if self.data is None else self.data.batches
-        artefacts = compute_fresh(self.model, jobs, batches, self.options, session)
+        artefacts = compute_fresh(self.model, jobs, self.dataloader, self.options, session)
         for index, job, artefact in zip(indices, jobs, artefacts, strict=True):
             run = session.run_of(job)
             hit = "spectra" if session.saved(job) else None
@@ -176,7 +178,7 @@ class _Call:
         """One process at a time for what these jobs ask; several ranks compute together and wait for nobody."""
         if self.ranks.exchange:
             return nullcontext(False)
-        first = "" if self.data is None else self.data.first
+        first = "" if self.data is None else self.data.first("batches")
         wanted = [
             artefact_key(self.jobs[index], self.identity.policy(self.jobs[index]), None, self.options).digest
             for index in missing
@@ -193,7 +195,10 @@ class _Call:
 
 def _nearest(keeper: Keeper, key: Key) -> str:
     """In what the request differs from the closest one that is stored."""
-    found = nearest(keeper.store, key)
+    try:
+        found = nearest(keeper.store, key)
+    except (StoreError, OSError):
+        found = None
     if found is None or not found[1]:
         return "there is no artefact of anything like it"
     manifest, different = found

@@ -9,17 +9,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from smartinit.activations.data_digest import callable_key
-from smartinit.activations.rows import label_mask_options
+from smartinit.activations.rows import (
+    forward_fn_dict,
+    label_mask_options,
+    prepare_layer_inputs_fn_language_modeling,
+    prepare_model_inputs_fn_language_modeling,
+)
 from smartinit.targets.fingerprint import model_fingerprint
 
 if TYPE_CHECKING:
     from torch import nn
 
     from smartinit.job import Job
+    from smartinit.reuse.data import Unit
     from smartinit.run_options import Options
 
 ALGORITHM = 1
 """Of statistics, spectra and factors; raised whenever a change of the package changes a result."""
+
+# The functions that select tokens by the batch's masks.
+_READ_NO_PADDING = tuple(
+    callable_key(function)
+    for function in (
+        forward_fn_dict,
+        prepare_model_inputs_fn_language_modeling,
+        prepare_layer_inputs_fn_language_modeling,
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,15 @@ class Identity:
             "that you change with it"
         )
 
+    def unit(self, job: Job) -> Unit:
+        """Whether rows are all that counts, or also how they are padded and put into batches.
+
+        A loss is a mean over a batch, a bad batch is left out as a whole, and functions of the caller's own may read
+        what is padding.
+        """
+        own = any(key not in _READ_NO_PADDING for name, key in self.functions.items() if name != "loss_fn")
+        return "batches" if own or self.skip_bad_batches or job.method.needs == "gradients" else "rows"
+
     def policy(self, job: Job) -> dict[str, Any]:
         """Everything but the data that the statistics of a job depend on, as leaves of a key."""
         return {
@@ -77,6 +102,7 @@ class Identity:
             "labels": label_mask_options(job.request.config),
             "skip_bad_batches": self.skip_bad_batches,
             "seed": self.seed,
+            "unit": self.unit(job),
             "numerics": numerics(),
         }
 

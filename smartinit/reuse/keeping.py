@@ -46,6 +46,15 @@ class Keeper:
             self._warn(error)
             return None
 
+    def meta(self, name: str) -> Mapping[str, Any]:
+        """What an entry says; nothing if there is none."""
+        try:
+            manifest = None if self._replace else self.store.peek(name)
+        except StoreError as error:
+            self._warn(error)
+            return {}
+        return {} if manifest is None else manifest.meta
+
     def get(self, key: Key) -> Entry | None:
         """See `Store.get`."""
         if self._replace:

@@ -15,9 +15,10 @@ from smartinit.store.keys import Key
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from smartinit.reuse.data import OfferedData
+    from smartinit.reuse.data import OfferedData, Unit
     from smartinit.reuse.keeping import Keeper
 
+_NOTED = {"called", "data", "batches", "tokens", "bad_batches"}
 _MOST = 64  # runs that are looked at; there is one for each length of the data that was ever asked for
 
 
@@ -29,35 +30,38 @@ class Runs:
         keeper: the store.
         policy: see `smartinit.reuse.identity.Identity.policy`.
         data: what may be read now.
+        unit: what of them is named and counted.
     """
 
     keeper: Keeper
     policy: Mapping[str, Any]
     data: OfferedData
+    unit: Unit
 
     def matching(self) -> list[Run]:
         """Those whose rows are the first of the data at hand; the longest first."""
         found = []
         for name in self.keeper.keys(self._tag)[:_MOST]:
-            manifest = self.keeper.store.peek(name)
-            if manifest is None:
-                continue
-            rows, called = int(manifest.meta["rows"]), str(manifest.meta["called"])
-            found.append((rows, called, manifest.meta))
+            meta = self.keeper.meta(name)
+            if isinstance(meta.get("rows"), int) and {"called", "data", "batches", "tokens", "bad_batches"} <= set(
+                meta
+            ):
+                found.append(meta)
         runs = []
-        for rows, called, meta in sorted(found, key=lambda one: one[0]):  # the data are read once, forwards
-            if called in self.data.digests(rows):
-                runs.append(Run(rows, str(meta["data"]), self.data.ends_after(rows), meta))
+        for meta in sorted(found, key=lambda one: int(one["rows"])):  # the data are read once, forwards
+            rows = int(meta["rows"])
+            if meta["called"] in self.data.names(rows, self.unit):
+                runs.append(Run(rows, str(meta["data"]), self.data.ends_after(rows, self.unit), meta))
         return runs[::-1]
 
     def keep(self, rows: int, counts: Mapping[str, Any]) -> Run | None:
         """Note a pass; None if the data are not what they were.
 
         Args:
-            rows: how many it read, on all ranks.
+            rows: how many of the unit it read, on all ranks.
             counts: of batches and tokens, for the record.
         """
-        names = self.data.digests(rows)
+        names = self.data.names(rows, self.unit)
         if not names:
             return None
         meta = {**counts, "rows": rows, "data": names[0]}
@@ -69,8 +73,8 @@ class Runs:
         for name in dict.fromkeys(names):
             key = Key("run", {**self.policy, "rows": rows, "digest": name})
             self.keeper.put(key, meta={**meta, "called": name}, tags=[self._tag])
-        return Run(rows, str(meta["data"]), self.data.ends_after(rows), meta)
+        return Run(rows, str(meta["data"]), self.data.ends_after(rows, self.unit), meta)
 
     @property
     def _tag(self) -> str:
-        return "run-" + Key("first row", {**self.policy, "row": self.data.first}).digest[:40]
+        return "run-" + Key("first row", {**self.policy, "row": self.data.first(self.unit)}).digest[:40]

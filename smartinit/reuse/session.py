@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from smartinit.activations.data_digest import WatchedBatches
 from smartinit.distributed.reduce import any_rank
 from smartinit.errors import NotStoredError
 from smartinit.observation import Observed
+from smartinit.reuse.data import Watched
 from smartinit.reuse.runs import Runs
 from smartinit.reuse.spectra import StoredSpectra
 from smartinit.reuse.statistics import StoredStatistics, assemble_observed, enough, is_settled
@@ -67,7 +67,11 @@ class Session:
             names = [name for name in _names(group) if name in found]
             part = assemble_observed(names, found, gradients=gradients)
             out.sites, out.gradients = [*out.sites, *part.sites], {**out.gradients, **part.gradients}
-            out.absent |= {name for name in names if found[name].statistic is None}
+            absent = {name for name in names if found[name].statistic is None}
+            if gradients:
+                out.without_gradient = absent
+            else:
+                out.never_ran = absent
             self._origins |= {id(one.statistic): one.origin for one in found.values() if one.statistic is not None}
             if found and len(names) == len(_names(group)):
                 run = min((one.run for one in found.values()), key=lambda run: run.rows)
@@ -82,7 +86,7 @@ class Session:
         """The data, whose digests are taken while they are used."""
         if self._data is None:
             return dataloader
-        self._watched = _Watched(self._data.batches, self._has_weights)
+        self._watched = _Watched(self._data, dataloader or [], self._has_weights)
         return self._watched
 
     def keep(self, jobs: Sequence[Job], observed: Observed) -> None:
@@ -95,12 +99,12 @@ class Session:
             "bad_batches": list(observed.bad_batches),
         }
         for group in _groups([job for job in jobs if id(job) not in self._runs]):
-            passes = self._watched.log.batches
+            passes = None
             if group[0].method.needs != "gradients":  # an early end leaves a batch that was fetched and not used
                 passes = observed.batches + len(observed.bad_batches)
-            rows = self._data.rows_of(self._watched, passes)
-            policy = self._identity.policy(group[0])
-            run = None if rows is None else Runs(self._keeper, policy, self._data).keep(rows, counts)
+            policy, unit = self._identity.policy(group[0]), self._identity.unit(group[0])
+            rows = self._data.used(self._watched, passes, unit, self._ranks.device)
+            run = None if rows is None else Runs(self._keeper, policy, self._data, unit).keep(rows, counts)
             if run is None:
                 continue
             stored = StoredStatistics(self._keeper, policy)
@@ -125,7 +129,8 @@ class Session:
     def _note(self, job: Job, run: Run, observed: Observed) -> None:
         self._runs[id(job)] = run
         leaders = {site.names[0] for site in observed.sites}
-        self._settled[id(job)] = job.method.needs == "activations" and leaders <= observed.settled
+        ran = {target.name for target in job.targets} <= observed.site_of.keys()
+        self._settled[id(job)] = ran and job.method.needs == "activations" and leaders <= observed.settled
 
     def _search(self, jobs: Sequence[Job], data: OfferedData) -> dict[str, Found]:
         """Layer -> what is stored and good enough for all jobs of a group, on every rank."""
@@ -133,7 +138,7 @@ class Session:
         if any(policy != policies[0] for policy in policies):
             return {}
         names = _names(jobs)
-        runs = Runs(self._keeper, policies[0], data).matching()
+        runs = Runs(self._keeper, policies[0], data, self._identity.unit(jobs[0])).matching()
         stored = StoredStatistics(self._keeper, policies[0])
         found: dict[str, Found] = {}
         for name in names:
@@ -179,11 +184,11 @@ class Session:
         return job.request.demand(assemble_observed(names, found, gradients=False).sites)
 
 
-class _Watched(WatchedBatches):
+class _Watched(Watched):
     """Refuses to begin where the model cannot run."""
 
-    def __init__(self, batches: Iterable[Any], has_weights: bool) -> None:
-        super().__init__(batches)
+    def __init__(self, data: OfferedData, loader: Iterable[Any], has_weights: bool) -> None:
+        super().__init__(data, loader)
         self._has_weights = has_weights
 
     def __iter__(self) -> Iterator[Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch.nn.utils.parametrize import is_parametrized
+
 from smartinit.decomposition import layer_seed
 from smartinit.errors import NotStoredError
 from smartinit.reuse.identity import ALGORITHM
@@ -103,7 +105,7 @@ class StoredSpectra:
     def _key(self, job: Job, target: Target, observed: Observed, limit: int) -> Key | None:
         """None: it is cheaper to compute than to store, or what it is computed from has no digest."""
         method = job.method.on(target.host)
-        if not method.needs_weight:
+        if not method.needs_weight or is_parametrized(target.module):  # what computes the weight has no digest
             return None
         weight = self._weight(target)
         leaves: dict[str, Any] = {
@@ -127,7 +129,8 @@ class StoredSpectra:
         """What the layer's weight is stored in: its own tensors, by their names in the layer."""
         own = f"{target.name}."
         found = {name.removeprefix(own): d for name, d in self._identity.tensors.items() if name.startswith(own)}
-        return {"weight": found["weight"]} if "weight" in found else found
+        found.pop("bias", None)
+        return found
 
 
 def _seed(method: Method, seed: int, name: str) -> int:

@@ -221,9 +221,10 @@ def assemble_observed(job_names: Sequence[str], found: Mapping[str, Found], *, g
 
 
 def _better(found: Found, meta: Mapping[str, Any]) -> bool:
-    """Whether a statistic knows more than the one that is there."""
+    """Whether a statistic knows more than the one that is there, or is that of more layers."""
     ours = (found.complete, int(found.statistic.components))
-    return ours > (bool(meta.get("complete")), int(meta.get("components", 0)))
+    theirs = (bool(meta.get("complete")), int(meta.get("components", 0)))
+    return ours > theirs or (ours == theirs and not set(found.names) <= set(meta.get("names", ())))
 
 
 def _form(statistic: Any) -> str:  # noqa: ANN401 - of a class in `_CLASSES`

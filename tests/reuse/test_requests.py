@@ -176,7 +176,7 @@ def test_what_can_be_iterated_once_is_read_into_memory(store: Any) -> None:
     assert found(store, new_model(), iter(new_batches())) == "artefact"
 
 
-def test_a_loader_that_shuffles_is_computed_and_not_kept(tmp_path: Path) -> None:
+def test_a_loader_that_shuffles_is_iterated_once(tmp_path: Path) -> None:
     rows = [{name: value[0] for name, value in batch.items()} for batch in new_batches(16, 1)]
 
     class Shuffled(torch.utils.data.Sampler):
@@ -190,8 +190,27 @@ def test_a_loader_that_shuffles_is_computed_and_not_kept(tmp_path: Path) -> None
             return 16
 
     loader = DataLoader(rows, batch_size=4, sampler=Shuffled())
+    turn = Shuffled.turn
+    results = []
+    for place in (None, tmp_path, tmp_path):
+        Shuffled.turn = turn
+        results.append(si.compute(new_model(), lora(), loader, store=place, **QUIET))
+        assert Shuffled.turn == turn + 1  # iterated once
+    assert [hit(result) for result in results[1:]] == [None, "artefact"]
+    assert_equal(results[0], results[1])
+    assert hit(si.compute(new_model(), lora(), loader, store=tmp_path, **QUIET)) is None
+
+
+def test_rows_that_change_between_two_passes_are_not_kept(tmp_path: Path) -> None:
+    class Changing(list):
+        turn = 0
+
+        def __iter__(self) -> Any:
+            self.turn += 1
+            return iter(new_batches(seed=self.turn))
+
     with pytest.warns(UserWarning, match="gives other batches every time"):
-        result = si.compute(new_model(), lora(), loader, store=tmp_path, **QUIET)
+        result = si.compute(new_model(), lora(), Changing(new_batches()), store=tmp_path, **QUIET)
     assert result.provenance["store"]["key"] is None
     assert not list(si.Store(tmp_path).keys("artefact"))
 
