@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import io
 import json
 import os
 import re
@@ -22,7 +23,7 @@ import torch
 
 from smartinit.errors import ArtefactError, ConfigError, StoreError, VerificationError
 from smartinit.formats.safetensors_header import read_header
-from smartinit.formats.tensor_file import tensor_chunks, tensors_in
+from smartinit.formats.tensor_file import places_for, tensor_chunks, tensors_in
 from smartinit.store.blobs import Blob, checksum
 from smartinit.store.file_memo import FileMemo
 from smartinit.store.keys import check_name
@@ -91,6 +92,11 @@ def header(data: bytes) -> None:
         ours = tensors_in(torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8)[: len(content)], "x")
     except ArtefactError as error:
         _check_text(error)
+    own = None
+    with suppress(ArtefactError):
+        own = places_for(io.BytesIO(content).read, len(content), "x")[2]
+    if (own is None) != (ours is None) or (own is not None and ours is not None and _shapes(own) != _shapes(ours)):
+        raise FindingError("mapped and read, it is not the same")
     path = _folder() / "x.safetensors"
     path.write_bytes(content)
     with suppress(ValueError):
