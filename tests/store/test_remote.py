@@ -232,6 +232,29 @@ def test_what_is_no_contradiction(remote: RemoteStore, local: LocalStore, tmp_pa
     assert remote.peek(KEY) == local.peek(KEY)
 
 
+def test_someone_else_is_faster(
+    place: Bucket | Dav, local: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one's manifest comes between our look whether there is one and our own."""
+    fill(local, basis="same")
+    other = LocalStore(tmp_path / "other")
+    fill(other, value=2.0, basis="same")
+    theirs, ours = RemoteStore(place.url, **place.options()), RemoteStore(place.url, **place.options())
+    put = ours.transport.put
+
+    def late(name: str, content: bytes, *, once: bool = False) -> bool:
+        if name.startswith("entries/"):
+            assert theirs.send(KEY, other).new
+        return put(name, content, once=once)
+
+    monkeypatch.setattr(ours.transport, "put", late)
+    with pytest.warns(UserWarning, match="not deterministic"):
+        sent = ours.send(KEY, local)
+    assert sent.conflict
+    assert not sent.new
+    assert ours.peek(KEY) == other.peek(KEY)
+
+
 def test_a_broken_manifest_is_replaced(place: Bucket | Dav, remote: RemoteStore, local: LocalStore) -> None:
     fill(local)
     remote.send(KEY, local)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import threading
 import time
 import warnings
 from dataclasses import replace
@@ -16,6 +17,7 @@ import torch
 from smartinit.errors import StoreError, VerificationError
 from smartinit.store import Store, adoption
 from smartinit.store.blobs import draft_blob
+from smartinit.store.connections import Connection
 from smartinit.store.keys import Key
 from smartinit.store.local import LocalStore
 from smartinit.store.manifest import MAX_BYTES, Manifest
@@ -89,10 +91,12 @@ def refused(remote: RemoteStore, local: LocalStore, match: str, kind: type[Excep
     with pytest.warns(UserWarning, match=match) as told:
         assert store.get(KEY) is None
     assert len(told) == 1
+    asked = remote.transport.calls
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):
             assert store.get(KEY) is None
+    assert remote.transport.calls == asked
     store.put("own", files={"a": b"1"})
     assert store.get("own") is not None
 
@@ -230,6 +234,34 @@ def test_a_server_that_never_answers(bucket: Bucket, local: LocalStore) -> None:
                 assert store.get(f"key-{number}") is None
                 assert list(store.keys("some-tag")) == []
         assert silent.asked <= asked + 4  # one attempt, then it is left alone
+
+
+def test_a_protocol_that_waits_for_ever(local: LocalStore) -> None:
+    """Some have no timeouts of their own."""
+    end = threading.Event()
+
+    class Stuck(Connection):
+        def open(self, *_: Any) -> None:
+            end.wait(60)
+
+    remote = RemoteStore("memory://stuck", timeout=PATIENCE)
+    remote.transport._connection = Stuck(None, "", "memory")
+    refused(remote, local, "no answer within 1 s", RemoteError)
+    end.set()
+
+
+def test_each_trouble_is_told_once(full: Bucket, local: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    blob = manifest_of(full).blobs["tensors.safetensors"]
+    full.write(blob_name(blob), bytes(blob.size))
+    store = Store(local.layout.root, RemoteStore(full.url, **full.options()))
+    now = time.monotonic()
+    with pytest.warns(UserWarning, match="in place of the") as told:
+        assert store.get(KEY) is None
+    monkeypatch.setattr(time, "monotonic", lambda: now + 1000)  # it is tried again then
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert store.get(KEY) is None
+    assert len(told) == 1
 
 
 def test_nobody_listens(bucket: Bucket, local: LocalStore) -> None:

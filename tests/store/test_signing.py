@@ -81,6 +81,7 @@ def test_a_strangers_signature_does_not_count(keys: Path, local: LocalStore, url
     for forged in (
         stranger.sign(content),
         stranger.sign(content).replace(stranger.public.hex().encode(), mine.public.hex().encode()),
+        mine.sign(content).replace(mine.public.hex().encode(), stranger.public.hex().encode()),
         mine.sign(content + b" "),
         mine.sign(content)[:-1],
         mine.sign(content).upper(),

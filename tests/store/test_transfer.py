@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -136,6 +137,27 @@ def test_it_stops_at_the_first_trouble_that_all_would_have(
     assert set(rest.sent) == set(NAMES) - set(done.sent)
     assert rest.skipped == done.sent
     assert push(local, url).bytes == 0
+
+
+def test_what_was_on_its_way_when_it_stopped_is_told(
+    local: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"memory://{tmp_path.name}-stock"
+    upload, first = Transport.upload, local.peek("key-0").blobs["own"].sha256
+
+    def breaks(self: Transport, name: str, path: Path) -> None:
+        if path.name == first:
+            raise RemoteError("the line is dead")
+        time.sleep(0.3)
+        upload(self, name, path)
+
+    monkeypatch.setattr(Transport, "upload", breaks)
+    with pytest.raises(TransferError) as caught:
+        push(local, url, sorted(NAMES))
+    done = caught.value.transfer
+    assert done.sent
+    assert set(done.sent) == set(RemoteStore(url).keys())
+    assert list(done.failed) == ["key-0"]
 
 
 def test_a_pull_that_was_broken_off_goes_on(local: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
