@@ -46,9 +46,11 @@ def model_fingerprint(model: nn.Module, threads: int | None = None) -> ModelFing
     """The fingerprint of the base model: the same in any wrapper, with any adapters, in any mode, on any device.
 
     It differs for one bit of one parameter or buffer, the buffers that are saved nowhere included; for another class,
-    setting or configuration. What is left out: names of folders, what libraries note for themselves, the versions of
-    installed libraries, hooks, and functions put in place of methods. Adapters that are merged have changed the base
-    model, and a start that it gave up has too.
+    setting or configuration; for the user's own code, with the files that it stands in and imports; and for the user's
+    hooks, methods put in place of others, and attention registered with transformers. What is left out: names of
+    folders, what libraries note for themselves, their hooks, their versions (and so the code of everything installed),
+    and private attributes that are named caches. Adapters that are merged have changed the base model, and a start
+    that it gave up has too. A weight that is parametrised has no digest under its own name, only its originals have.
 
     Args:
         model: in `peft.PeftModel`, `smartinit.LoraModel`, DistributedDataParallel, torch.compile, or plain. Parts of

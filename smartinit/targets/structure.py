@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import re
-import sys
 from collections.abc import Mapping
-from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from smartinit.errors import ModelError
+from smartinit.targets.contents import Contents
 from smartinit.targets.names import WRAPPERS
+from smartinit.targets.replaced import hooks, hooks_everywhere, implementations, methods, patched, shadows
+from smartinit.targets.source_code import is_library, own_classes
 from smartinit.targets.tensor_digest import described
 from smartinit.targets.tree import base_model
 
@@ -40,8 +39,13 @@ _NOT_CONFIG = frozenset(
     }
 )
 _BACKENDS = re.compile(r"(attn|experts)_implementation")
-_INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
-_LIBRARIES = frozenset(("builtins", "torch", "transformers", "peft", "smartinit"))
+_OF_TORCH = frozenset(vars(nn.Module()))
+# Private attributes that libraries write on modules of any class, and what is filled while a model runs.
+_OF_LIBRARIES = re.compile(
+    r"_(is_hf|hf_|tp_|ep_|pp_|cp_|fsdp|is_fsdp|ddp|gradient_checkpointing|require_grads|old_forward|original_forward)|"
+    r"_(no_split|skip_keys|keep_in|keys_to|device_mesh|compiled|auto_class|dynamo|name_or_path|version$|orig_mod)|"
+    r"_(loss_function$|forward_method|is_full_backward|is_quantized|is_stateful|supports_)|\w*cache"
+)
 _DEEPEST = 8
 
 
@@ -56,22 +60,50 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def structure_of(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """Configuration, and class and settings of each module, as JSON values without tensors.
+    """Configuration, class, settings and hooks of each module, and code, as JSON values without tensors.
 
-    Of classes that are not from an installed library the source counts too: the code is the model.
+    Of classes and functions that are not from an installed library the code counts too: it is the model.
     """
-    code: dict[type, str] = {}
+    ids = {id(part): "around" for part in model.modules()}
+    ids |= {id(module): name for name, module in reversed(list(modules.items()))}
+    contents = Contents(ids, lambda config: _cleaned(config.to_dict(), 0))  # type: ignore[attr-defined]
+    bare = not hasattr(base_model(model)[0], "config")  # then parts may have one each
+    patches: dict[type, Any] = {}
     made = {}
     for name, module in modules.items():
         kind = _kind(module)
-        made[name] = [kind.__name__, _code(kind, code), _extra_repr(module), _settings(module)]
-    return {"config": _configuration(base_model(model)[0]), "modules": made}
+        if kind not in patches:
+            patches[kind] = [
+                kind.__name__,
+                contents.callable(kind) if own_classes(kind) else "",
+                patched(kind, contents),
+            ]
+        more = [
+            hooks(module, contents),
+            methods(module, contents),
+            implementations(module, contents),
+            _generated(module),
+        ]
+        made[name] = [
+            patches[kind],
+            _extra_repr(module),
+            _settings(module, contents, bare),
+            [one for one in more if one],
+        ]
+    inside = {id(module) for module in modules.values()}
+    around = [found for part in model.modules() if id(part) not in inside and (found := hooks(part, contents))]
+    return {
+        "config": _configuration(base_model(model)[0]),
+        "modules": made,
+        "around": [*around, hooks_everywhere(contents)],
+        "code": contents.code(),
+    }
 
 
 def loose_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors that a module keeps as plain attributes, or in lists and mappings there, by name."""
     for name, value in vars(module).items():
-        if not name.startswith("_") and name not in _NOT_SETTINGS:
+        if _is_setting(module, name) and not (name.startswith("_") and _computed(value)):
             yield from _tensors(name, value, 0)
     # bitsandbytes' eight bits: the scales move from the weight to the layer's state at its first call.
     holders = (getattr(vars(module).get("state"), "SCB", None), getattr(module._parameters.get("weight"), "SCB", None))  # noqa: SLF001 - without __getattr__
@@ -115,32 +147,6 @@ def _kind(module: nn.Module) -> type:
     return kind
 
 
-def _code(kind: type, known: dict[type, str]) -> str:
-    """Digest of the source of a class and those it inherits from; empty if all are from installed libraries."""
-    if kind not in known:
-        own = [one for one in kind.__mro__ if not _from_library(one)]
-        known[kind] = hashlib.sha256("".join(map(_source, own)).encode()).hexdigest() if own else ""
-    return known[kind]
-
-
-def _from_library(kind: type) -> bool:
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
-    top = kind.__module__.partition(".")[0]
-    return top in _LIBRARIES or top in sys.stdlib_module_names - {"__main__"} or bool(_INSTALLED.search(file))
-
-
-def _source(kind: type) -> str:
-    try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):  # typed in by hand: what Python made of it
-        return repr({name: _made(value.__code__) for name, value in vars(kind).items() if inspect.isfunction(value)})
-
-
-def _made(code: CodeType) -> list[object]:
-    inner = [_made(one) if isinstance(one, CodeType) else described(one) for one in code.co_consts]
-    return [code.co_code, code.co_names, code.co_varnames, inner]
-
-
 def _extra_repr(module: nn.Module) -> str:
     try:
         return re.sub(r"0x[0-9a-fA-F]+", "0x", str(module.extra_repr()))
@@ -148,24 +154,46 @@ def _extra_repr(module: nn.Module) -> str:
         return ""
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
-    items = {n: v for n, v in vars(module).items() if not n.startswith("_") and n not in _NOT_SETTINGS}
-    return _value(items, 0) or {}
+def _settings(module: nn.Module, contents: Contents, bare: bool) -> dict[str, Any]:
+    kind = type(module)
+    own = bool(own_classes(kind))
+    items = {
+        name: value
+        for name, value in vars(module).items()
+        if _is_setting(module, name) and not (name == "config" and not own) and not shadows(kind, name, value)
+    }
+    found = contents.value(items, own=own) or {}
+    if bare and not own and hasattr(vars(module).get("config"), "to_dict"):
+        found["config"] = contents.value(vars(module)["config"])
+    return found
 
 
-def _value(value: object, depth: int) -> Any:  # noqa: ANN401 - JSON
-    """Numbers, text, and containers of them; None for anything else."""
-    if isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (torch.dtype, torch.Size)):
-        return str(value)
-    if depth < _DEEPEST and isinstance(value, Mapping):
-        found = {str(key): _value(item, depth + 1) for key, item in value.items()}
-        return {key: item for key, item in found.items() if item is not None} or None
-    if depth < _DEEPEST and isinstance(value, (list, tuple)):
-        listed = [_value(item, depth + 1) for item in value]
-        return listed if any(item is not None for item in listed) else None
-    return None
+def _is_setting(module: nn.Module, name: str) -> bool:
+    """Whether an attribute may change what the module computes."""
+    if name in _NOT_SETTINGS:
+        return False
+    if not name.startswith("_"):
+        return True
+    if name in _OF_TORCH or _OF_LIBRARIES.match(name):
+        return name == "_loss_function"
+    kinds = type(module).__mro__
+    return any(not is_library(one.__module__) for one in kinds) and not any(
+        name in vars(one) for one in kinds if is_library(one.__module__)
+    )
+
+
+def _computed(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.grad_fn is not None
+
+
+def _generated(module: nn.Module) -> str:
+    """Code that a class was not written with: torch.fx's, torch.jit's."""
+    if isinstance(module, (torch.fx.GraphModule, torch.jit.ScriptModule)):
+        try:
+            return str(module.code)
+        except (AttributeError, RuntimeError):  # a part without a forward
+            return ""
+    return ""
 
 
 def _tensors(name: str, value: object, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
