@@ -84,7 +84,7 @@ def load_artefact(keeper: Keeper, key: Key, job: Job, *, ended: bool) -> Artefac
     return replace(artefact, config=job.request.config)
 
 
-def keep_artefact(keeper: Keeper, key: Key, artefact: Artefact, *, settled: bool) -> None:
+def keep_artefact(keeper: Keeper, key: Key, artefact: Artefact, *, settled: bool, basis: str) -> bool:
     """Store an artefact as its adapter folder.
 
     Args:
@@ -92,15 +92,20 @@ def keep_artefact(keeper: Keeper, key: Key, artefact: Artefact, *, settled: bool
         key: see `artefact_key`.
         artefact: what was computed.
         settled: whether more data would not have been read.
+        basis: of what statistics it was made: a larger request may have left others than it would have found.
+
+    Returns:
+        Whether it is in the store now.
     """
     try:
         with tempfile.TemporaryDirectory(prefix="smartinit-") as scratch:
-            _keep_folder(keeper, key, artefact, Path(scratch) / "adapter", settled=settled)
+            return _keep_folder(keeper, key, artefact, Path(scratch) / "adapter", settled=settled, basis=basis)
     except (SmartinitError, OSError) as error:  # no form that a folder can hold, or no room for it: it is computed
         LOG.warning("the artefact %s is not stored: %s", key.digest[:12], error)
+        return False
 
 
-def _keep_folder(keeper: Keeper, key: Key, artefact: Artefact, folder: Path, *, settled: bool) -> None:
+def _keep_folder(keeper: Keeper, key: Key, artefact: Artefact, folder: Path, *, settled: bool, basis: str) -> bool:
     artefact.save(folder)
     record = read_record_only(folder)
     files: dict[str, bytes | Path] = {
@@ -115,7 +120,8 @@ def _keep_folder(keeper: Keeper, key: Key, artefact: Artefact, folder: Path, *, 
         "settled": settled,
     }
     compare = [name for name in files if name.endswith(".safetensors")]
-    keeper.put(key, meta=meta, files=files, tags=["artefact"], compare=compare)
+    kept = keeper.put(key, meta=meta, files=files, tags=["artefact"], basis=basis, compare=compare)
+    return kept is not None
 
 
 def _place(blob: Path, path: Path) -> None:

@@ -156,8 +156,8 @@ class _Call:
             key = artefact_key(job, self.identity.policy(job), run, self.options)
             missed = session.reason or _nearest(self.keeper, key)
             LOG.info("%s is not in the store: %s", key.digest[:12], missed)
-            keep_artefact(self.keeper, key, artefact, settled=session.settled(job))
-            self._found[index] = self._finished(artefact, key, hit, missed=missed)
+            kept = keep_artefact(self.keeper, key, artefact, settled=session.settled(job), basis=session.basis(job))
+            self._found[index] = self._finished(artefact, key, hit, missed=missed, kept=kept)
 
     def _finished(
         self,
@@ -167,9 +167,11 @@ class _Call:
         seconds: float | None = None,
         *,
         missed: str | None = None,
+        kept: bool = False,
     ) -> Artefact:
         """With the note of what the store had."""
-        note = {"hit": hit, "key": None if key is None else key.digest, "missed": missed}
+        name = None if key is None else key.digest
+        note = {"hit": hit, "key": name, "missed": missed, "kept": kept or hit == "artefact"}
         provenance = {**artefact.provenance, **self.options.provenance, "store": note}
         timings = artefact.timings if seconds is None else {"store": seconds}
         return replace(artefact, provenance=provenance, timings=timings)

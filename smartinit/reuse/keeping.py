@@ -46,6 +46,17 @@ class Keeper:
             self._warn(error)
             return None
 
+    def whole(self, key: Key) -> Manifest | None:
+        """The manifest of an entry that has all its files: what has lost some must be put again."""
+        manifest = self.peek(key)
+        if manifest is None:
+            return None
+        try:
+            return None if self.store.local.peek(key) is not None and key not in self.store.local else manifest
+        except StoreError as error:
+            self._warn(error)
+            return None
+
     def meta(self, name: str) -> Mapping[str, Any]:
         """What an entry says; nothing if there is none."""
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 from smartinit.distributed.reduce import any_rank
@@ -52,6 +53,7 @@ class Session:
         self._runs: dict[int, Run] = {}
         self._watched: _Watched | None = None
         self._settled: dict[int, bool] = {}
+        self._bases: dict[int, str] = {}
         self.spectra = StoredSpectra(keeper, identity, self._origins)
         self.reason: str | None = None
         """Why statistics that are there were not enough."""
@@ -116,6 +118,10 @@ class Session:
         """Which rows a job's statistics are of; None if it read none, or such as cannot be named."""
         return self._runs.get(id(job))
 
+    def basis(self, job: Job) -> str:
+        """Digest of the statistics that a job was made from; empty if it needs none."""
+        return self._bases.get(id(job), "")
+
     def settled(self, job: Job) -> bool:
         """Whether more data would not have been read for a job."""
         return job.method.needs is None or self._settled.get(id(job), False)
@@ -128,6 +134,9 @@ class Session:
 
     def _note(self, job: Job, run: Run, observed: Observed) -> None:
         self._runs[id(job)] = run
+        used = [observed.statistic(job, target.name) for target in job.targets]
+        digests = [self._origins.get(id(statistic), "") for statistic in used]
+        self._bases[id(job)] = hashlib.sha256(" ".join(digests).encode()).hexdigest()
         leaders = {site.names[0] for site in observed.sites}
         ran = {target.name for target in job.targets} <= observed.site_of.keys()
         self._settled[id(job)] = ran and job.method.needs == "activations" and leaders <= observed.settled

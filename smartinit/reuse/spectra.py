@@ -77,7 +77,7 @@ class StoredSpectra:
             "certificate": spectrum.certificate.as_dict(),
             "limit": limit,
         }
-        there = self._keeper.peek(key)
+        there = self._keeper.whole(key)
         if there is None or int(there.meta.get("limit", 0)) < limit:
             tensors = {name: tensor for name, tensor in parts.items() if tensor is not None}
             self._keeper.put(key, tensors, meta, basis=str(limit), replace=there is not None)

@@ -125,7 +125,7 @@ class StoredStatistics:
     def _put(self, found: Found, form: str, origins: dict[int, str]) -> None:
         statistic, names, run = found.statistic, found.names, found.run
         key = self._key(names[0], run, form)
-        there = self._keeper.peek(key)
+        there = self._keeper.whole(key)
         if there is not None and not _better(found, there.meta):
             return
         meta = {

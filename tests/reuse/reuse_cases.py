@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import Any
 
 import pytest
 import torch
@@ -11,17 +12,24 @@ import transformers
 
 import smartinit as si
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 SEED = int(os.environ.get("SMARTINIT_TEST_SEED", "0"))
 TARGETS = ["q_proj", "k_proj", "o_proj", "down_proj"]
+
+
+FORWARD: list[int] = []
+"""One item for each forward pass of a `new_model`."""
+
+
+def _count(*_: object) -> None:
+    sys.modules["reuse_cases"].FORWARD.append(1)  # not by its name: globals of a hook count as part of the model
 
 
 def new_model(seed: int = SEED) -> Any:
     torch.manual_seed(seed)
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, initializer_range=0.2)).eval()
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, initializer_range=0.2)).eval()
+    model.model.layers[0].register_forward_pre_hook(_count)
+    return model
 
 
 def new_batches(count: int = 6, size: int = 4, length: int = 16, seed: int = SEED) -> list[dict[str, torch.Tensor]]:
@@ -51,12 +59,10 @@ def batches() -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.fixture
-def forward(model: Any) -> Iterator[list[int]]:
-    """One item for each forward pass of the model."""
-    seen: list[int] = []
-    handle = model.model.layers[0].register_forward_pre_hook(lambda *_: seen.append(1))
-    yield seen
-    handle.remove()
+def forward() -> list[int]:
+    """`FORWARD`, empty."""
+    FORWARD.clear()
+    return FORWARD
 
 
 def hit(artefact: si.Artefact) -> Any:

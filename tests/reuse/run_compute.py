@@ -14,15 +14,14 @@ import smartinit as si
 
 
 def main(place: str, locking: str) -> None:
-    model, calls = cases.new_model(), []
-    model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    model = cases.new_model()
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     sys.stdin.readline()  # all begin at once
     store = si.Store(place, locking=locking == "locks")
     artefact = si.compute(model, cases.lora(), cases.new_batches(), store=store, show_progress_bar=False)
     digest = hashlib.sha256(b"".join(pair.a.numpy().tobytes() for pair in artefact.factors.values())).hexdigest()
-    sys.stdout.write(f"{cases.hit(artefact)} {len(calls)} {digest}\n")
+    sys.stdout.write(f"{cases.hit(artefact)} {len(cases.FORWARD)} {digest}\n")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from reuse_cases import hit, lora, new_batches, new_model
+from reuse_cases import FORWARD, hit, lora, new_batches, new_model
 
 import smartinit as si
 
@@ -33,11 +34,10 @@ def shared(order: str) -> list[dict[str, torch.Tensor]]:
 
 def computed(folder: str, order: str, method: str, rank: int = 4) -> tuple[Any, int, dict[str, torch.Tensor]]:
     """On each rank: what was a hit, how often the model ran, and the rows of A."""
-    model, calls = new_model(), []
-    model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    FORWARD.clear()
     place = f"{folder}-{dist.get_rank()}" if order == "apart" else folder
-    artefact = si.compute(model, lora(method, rank), shared(order), store=place, **QUIET)
-    return hit(artefact), len(calls), {name: pair.a for name, pair in artefact.factors.items()}
+    artefact = si.compute(new_model(), lora(method, rank), shared(order), store=place, **QUIET)
+    return hit(artefact), len(FORWARD), {name: pair.a for name, pair in artefact.factors.items()}
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -68,3 +68,40 @@ def test_what_one_rank_lacks_is_computed_by_all(two_ranks: Ranks, tmp_path: Path
     assert all(calls for _, calls, _ in results)
     assert all(torch.equal(results[0][2][name], rows) for name, rows in results[1][2].items())
     assert results[0][2].keys() == alone.factors.keys()
+
+
+def uneven(folder: str | None, case: str) -> Any:
+    """On ranks that have unequal shares, or one of which has something that cannot be named."""
+    rank = dist.get_rank()
+    rows = {name: torch.cat([batch[name] for batch in new_batches()]) for name in new_batches()[0]}
+    sizes = {"rows": ([4, 2], [4, 4]), "batches": ([4, 4], [4, 4, 4]), "nameless": ([4, 4], [4, 4])}[case][rank]
+    ends = [sum(sizes[: i + 1]) + 12 * rank for i in range(len(sizes))]
+    batches = [
+        {name: value[end - size : end] for name, value in rows.items()} for end, size in zip(ends, sizes, strict=True)
+    ]
+    options: dict[str, Any] = {}
+    if case == "nameless":
+
+        def forward(model: Any, batch: Any) -> Any:
+            return model(input_ids=batch["input_ids"])
+
+        forward.store_key = "ids"  # type: ignore[attr-defined]
+        options["forward_fn"] = forward
+        if rank == 1:
+            batches[1]["odd"] = object()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        artefact = si.compute(new_model(), lora(rank=2), batches, store=folder, **options, **QUIET)
+    return artefact.provenance.get("store", {}).get("hit"), {name: pair.a for name, pair in artefact.factors.items()}
+
+
+@pytest.mark.parametrize("case", ["rows", "batches", "nameless"])
+def test_unequal_shares_are_named_as_they_were_read(two_ranks: Ranks, tmp_path: Path, case: str) -> None:
+    fresh = two_ranks.run(uneven, None, case)
+    for expected in (None, None if case == "nameless" else "artefact"):
+        for (found, rows), (_, wanted) in zip(two_ranks.run(uneven, str(tmp_path), case), fresh, strict=True):
+            assert found == expected
+            assert all(torch.equal(rows[name], wanted[name]) for name in wanted)
+    if case == "rows":  # what both ranks read is not what one of them has twice
+        rows = {name: torch.cat([batch[name] for batch in new_batches()])[:12] for name in new_batches()[0]}
+        assert hit(si.compute(new_model(), lora(rank=2), [rows], store=tmp_path, **QUIET)) is None

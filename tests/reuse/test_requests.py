@@ -323,6 +323,50 @@ def test_a_broken_entry_is_computed_again(tmp_path: Path) -> None:
     assert hit(si.compute(new_model(), lora(), new_batches(), store=tmp_path, **QUIET)) == "artefact"
 
 
+@pytest.mark.parametrize("damage", ["changed", "lost"])
+def test_broken_statistics_are_mended(tmp_path: Path, damage: str) -> None:
+    store = si.Store(tmp_path)
+    si.compute(new_model(), lora(), new_batches(), store=store, **QUIET)
+    for key in list(store.keys()):
+        manifest = store.peek(key)
+        for blob in manifest.blobs.values() if manifest.kind == "statistic" else ():
+            path = store.local.layout.blob(blob.sha256)
+            content = path.read_bytes() if path.exists() else b""
+            path.unlink(missing_ok=True)
+            if damage == "changed" and content:
+                path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the quarantine
+        assert hit(si.compute(new_model(), lora(rank=3), new_batches(), store=store, **QUIET)) is None
+    assert store.verify() == []
+    assert hit(si.compute(new_model(), lora(rank=2), new_batches(), store=store, **QUIET)) == "spectra"
+
+
+def test_what_could_not_be_kept_says_so(store: Any, tmp_path: Path) -> None:
+    reader = si.Store(store.local.layout.root, read_only=True)
+    result = si.compute(new_model(), lora(rank=3), new_batches(), store=reader, **QUIET)
+    assert result.provenance["store"]["kept"] is False
+    assert si.compute(new_model(), lora(), new_batches(), store=reader, **QUIET).provenance["store"]["kept"]
+
+
+def test_one_request_made_from_other_statistics_is_no_contradiction(tmp_path: Path) -> None:
+    rows = [dict(x=torch.randn(4096, 1024, generator=torch.Generator().manual_seed(i))) for i in range(3)]
+    torch.manual_seed(SEED)
+    layer = torch.nn.Sequential(torch.nn.Linear(1024, 8))
+    options = dict(prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None, **QUIET)
+
+    def run(model: Any, batch: Any) -> Any:
+        return model(batch["x"])
+
+    run.store_key = "x"
+    small, large = (lora(rank=rank, eva=dict(rho=1.0), target_modules=["0"]) for rank in (2, 6))
+    for place, requests in (("one", [small]), ("two", [large, small])):
+        for request in requests:
+            si.compute(layer, request, rows, store=tmp_path / place, forward_fn=run, **options)
+    moved = si.Store(tmp_path / "one").push(tmp_path / "two")
+    assert not moved.conflicts
+
+
 def test_the_callers_values_are_left_alone(store: Any) -> None:
     batches, config = new_batches(), lora()
     kept = copy.deepcopy(batches)
