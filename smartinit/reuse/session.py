@@ -88,7 +88,7 @@ class Session:
         """The data, whose digests are taken while they are used."""
         if self._data is None:
             return dataloader
-        self._watched = _Watched(self._data, dataloader or [], self._has_weights)
+        self._watched = _Watched(self._data, dataloader if dataloader is not None else [], self._has_weights)
         return self._watched
 
     def keep(self, jobs: Sequence[Job], observed: Observed) -> None:
