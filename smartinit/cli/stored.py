@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smartinit import __version__
+from smartinit.cli.precision import precision
 from smartinit.cli.summary import summarise_record
 from smartinit.data.source import find_source
 from smartinit.errors import (
@@ -275,10 +276,22 @@ class StoredRequest:
         if self.store is None:
             return "there is no store"
         if self.leaves is None:
-            return "model or data are not files here whose content can be told without loading them"
+            return self._unknown()
         with StoreMayFail("the store was not searched"):
             return missed(self.store, self.leaves)
         return "the store cannot be searched"
+
+    def _unknown(self) -> str:
+        """Why the request has no leaves."""
+        from smartinit.store.model_files import local_model
+
+        folder = local_model(self.options["model"])
+        if folder is not None and precision(self.options, folder) is None:
+            return (
+                "the model is float16, which is loaded as float32 on a CPU, and only torch can tell what "
+                "--device auto is here: name --device or --dtype"
+            )
+        return "model or data are not files here whose content can be told without loading them"
 
 
 def stored_key(artefact: Artefact) -> str | None:
@@ -317,8 +330,8 @@ def request_leaves(request: Request, options: Mapping[str, Any], memo: Path) -> 
     folder = local_model(options["model"])
     if model is None or folder is None or (options["data"] is not None and data is None):
         return None
-    precision = _precision(options, folder)
-    if precision is None:
+    loaded_as = precision(options, folder)
+    if loaded_as is None:
         return None
     config = request.config.to_dict()
     config.pop("base_model_name_or_path", None)
@@ -330,7 +343,7 @@ def request_leaves(request: Request, options: Mapping[str, Any], memo: Path) -> 
         "ranks": request.planner_options(),
         "max_batches": request.max_batches,
         "skip_bad_batches": options["skip_bad_batches"],
-        "precision": precision,
+        "precision": loaded_as,
         "remote_code": options["trust_remote_code"],
     }
 
@@ -355,18 +368,6 @@ def _data_leaves(request: Request, options: Mapping[str, Any], memo: Path) -> di
     if source.builder in ("hub", "saved"):  # the hub's may change; a saved folder says more than its rows
         return None
     return {"format": source.builder, "files": [file_sha256(path, memo) for path in source.files]}
-
-
-def _precision(options: Mapping[str, Any], model: Path) -> str | None:
-    """The model's dtype, if it does not hang on the device that is found; see `smartinit.cli.load_model`."""
-    if options["dtype"] != "auto":
-        return str(options["dtype"])
-    config = model / "config.json"
-    saved = json.loads(config.read_bytes()) if config.is_file() else {}
-    dtype = str(saved.get("dtype", saved.get("torch_dtype")))
-    if dtype.removeprefix("torch.") != "float16" or options["device"] not in ("auto", "cpu"):
-        return "as saved"
-    return "float32" if options["device"] == "cpu" else None
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from smartinit.artefact import Artefact
+from smartinit.cli import precision
 from smartinit.cli.compute import command
 from smartinit.cli.request import read_request
 from smartinit.cli.stored import StoreMayFail, request_leaves
@@ -273,12 +274,50 @@ def test_every_option_that_matters_changes_the_request(leaves, name, value):
     assert leaves(*pair, *more) != leaves(*pair)
 
 
-def test_half_precision_hangs_on_the_device(leaves, model_folder):
+@pytest.fixture
+def devices(monkeypatch, tmp_path):
+    """A machine whose /dev is empty, with a torch that says nothing of its build."""
+    monkeypatch.setattr(precision, "_DEVICES", tmp_path / "dev")
+    monkeypatch.setattr(precision, "_build", lambda: "")
+    monkeypatch.setattr(precision.sys, "platform", "linux")
+    (tmp_path / "dev").mkdir()
+    return tmp_path / "dev"
+
+
+def half(model_folder):
     config = json.loads((model_folder / "config.json").read_text())
     (model_folder / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+
+
+@pytest.mark.parametrize("node", ["nvidia0", "kfd", "dri/renderD128", "dxg", "accel0"])
+def test_half_precision_hangs_on_the_device(leaves, model_folder, devices, node):
+    half(model_folder)
+    (devices / "nvme0").touch()
+    assert leaves()["precision"] == "float32", "no accelerator is here: it can only be the CPU"
+    (devices / node).parent.mkdir(exist_ok=True)
+    (devices / node).touch()
     assert leaves() is None, "a CPU takes float32 then: which of the two is not known before torch is"
     assert leaves("--device", "cpu")["precision"] == "float32"
     assert leaves("--dtype", "float16")["precision"] == "float16"
+
+
+def test_a_torch_for_cpus_finds_no_accelerator(leaves, model_folder, devices, monkeypatch):
+    half(model_folder)
+    (devices / "nvidia0").touch()
+    monkeypatch.setattr(precision, "_build", lambda: "cpu")
+    assert leaves()["precision"] == "float32"
+    monkeypatch.setattr(precision.sys, "platform", "darwin")
+    assert leaves() is None
+    monkeypatch.setattr(precision, "_build", lambda: "")
+    assert leaves() is None
+
+
+def test_get_says_that_the_device_decides(run_cli, model_folder, data_file, devices):
+    half(model_folder)
+    (devices / "nvidia0").touch()
+    done = run_cli("get", "--model", model_folder, "--data", data_file)
+    assert done.code == 3
+    assert "name --device or --dtype" in done.err
 
 
 def test_what_files_do_not_say_has_no_leaves(leaves, model_folder):
