@@ -26,9 +26,9 @@ from smartinit.megatron.ear import listening
 from smartinit.methods import available_methods
 from smartinit.methods.base import Method
 from smartinit.pipeline import compute_jobs
-from smartinit.run_options import Options
 from smartinit.planning.limits import Limits
 from smartinit.rank_request import RankRequest
+from smartinit.run_options import Options
 from smartinit.targets.select import check_ranks
 
 if TYPE_CHECKING:
