@@ -22,10 +22,13 @@ from transformers import TrainerCallback
 
 from smartinit import __version__
 from smartinit.artefact import Artefact
-from smartinit.errors import ArgumentError, NotStoredError, OutputError
+from smartinit.errors import ArgumentError, NotStoredError, OutputError, SmartinitError
 from smartinit.formats.files import write_file
 from smartinit.formats.tensors import stored_tensors
 from smartinit.store import Store
+from smartinit.store.adapters import readable_folder
+from smartinit.store.entry import read_blob
+from smartinit.store.local import LocalStore
 from smartinit.store.naming import SHORTEST, find_key
 from smartinit.targets.tensor_digest import tensor_digest
 from smartinit.targets.tree import adapter_layer, nodes
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 RECORD_FILE = "smartinit_init.json"
 """Written into the run's folder and into each checkpoint."""
 _LAYERS = 8
+_WHOLE = 64  # letters of a key
 _KEY = re.compile(rf"[0-9a-f]{{{SHORTEST},64}}")
 
 
@@ -71,7 +75,7 @@ class InitRecorder(TrainerCallback):
         adapter_name: str = "default",
         store: Store | str | os.PathLike[str] | None = None,
     ) -> None:
-        self.artefact = _artefact(start, store)
+        self.artefact, self._key = _artefact(start, store)
         self.adapter_name = adapter_name
         self._begins_there: bool | None = None
 
@@ -80,7 +84,7 @@ class InitRecorder(TrainerCallback):
         """What names the start: key in the store (if it has one), recipe, plan, and all values of A and B."""
         artefact = self.artefact
         return {
-            "key": (artefact.provenance.get("store") or {}).get("key"),
+            "key": self._key or (artefact.provenance.get("store") or {}).get("key"),
             "recipe": artefact.recipe.digest,
             "plan": artefact.plan.digest,
             "tensors": tensors_digest(artefact.factors),
@@ -203,22 +207,40 @@ def tensors_digest(factors: Mapping[str, Factors]) -> str:
     return digest.hexdigest()
 
 
-def _artefact(start: object, store: Store | str | os.PathLike[str] | None) -> Artefact:
+def _artefact(start: object, store: Store | str | os.PathLike[str] | None) -> tuple[Artefact, str | None]:
+    """The artefact, and its key where that is how it was named or found."""
     if isinstance(start, Artefact):
-        return start
+        return start, None
     if not isinstance(start, (str, os.PathLike)):
         raise ArgumentError(f"a start is an adapter folder, an Artefact or a key, not a {type(start).__name__}")
     if isinstance(start, str) and _KEY.fullmatch(start) and not Path(start).is_dir():
-        from smartinit.store.adapters import adapter_folder
-
         opened = store if isinstance(store, Store) else Store(store)
         key = find_key(opened, start)
         entry = opened.get(key)  # from another layer it comes into the first
         if entry is None:
             raise NotStoredError(f"the store has no sound artefact '{start}'; compute it again")
         with entry:
-            return Artefact.load(adapter_folder(opened.local, key))
-    return Artefact.load(Path(start).expanduser())
+            return Artefact.load(readable_folder(opened.local, key)), key
+    folder = Path(start).expanduser()
+    return Artefact.load(folder), _key_of(folder, store)
+
+
+def _key_of(folder: Path, store: Store | str | os.PathLike[str] | None) -> str | None:
+    """Of a folder that a store made: it has the key's name, and the store says that the tensors are that artefact's."""
+    folder = folder.absolute()
+    if len(folder.name) != _WHOLE or not _KEY.fullmatch(folder.name):
+        return None
+    try:
+        around = LocalStore(folder.parent.parent, read_only=True).peek(folder.name)
+        manifest = around or (store if isinstance(store, Store) else Store(store, read_only=True)).peek(folder.name)
+        if manifest is None:
+            return None
+        for name, blob in manifest.blobs.items():
+            if name.endswith(".safetensors"):
+                read_blob(folder / name, blob, as_tensors=False)
+    except (SmartinitError, OSError):
+        return None
+    return folder.name
 
 
 def _matrix(layer: nn.Module | None, letter: str, adapter_name: str) -> Tensor | None:

@@ -193,28 +193,31 @@ class Shown:
         summary: see `smartinit.cli.summary`.
         hit: what the store had: the artefact, its spectra, or nothing.
         key: of the artefact's entry; of the recipe, if it is not in a store.
+        kept: whether a store has it now.
     """
 
     summary: dict[str, Any]
     hit: str | None
     key: str
+    kept: bool = True
 
     @classmethod
     def of(cls, artefact: Artefact) -> Shown:
         """Of an artefact at hand."""
         note = artefact.provenance.get("store") or {}
         key = stored_key(artefact) or artefact.recipe.digest
-        return cls(summarise(artefact), note.get("hit"), key)
+        return cls(summarise(artefact), note.get("hit"), key, kept=bool(note.get("kept")))
 
 
 def show(shown: Shown, output: Output, stored: StoredRequest, *, base_out: Path | None = None) -> None:
     """Print the summary and where the files lie."""
     options, store = stored.options, stored.store
     place = None if store is None else place_of(store)
-    document = {"hit": shown.hit, "key": shown.key, "out": str(options["out"]), "store": place}
+    kept = place is not None and shown.kept
+    document = {"hit": shown.hit, "key": shown.key, "kept": kept, "out": str(options["out"]), "store": place}
     lines = [render(shown.summary), ""]
     if place is not None:
-        lines.append(f"store:   {_said(shown.hit, place)} ({shown.key[:12]})")
+        lines.append(f"store:   {_said(shown, place)} ({shown.key[:12]})")
     lines.append(f"adapter: {options['out']}")
     if base_out is not None:
         document["base_out"] = str(base_out)
@@ -225,8 +228,10 @@ def show(shown: Shown, output: Output, stored: StoredRequest, *, base_out: Path 
     output.result({**document, "summary": shown.summary}, "\n".join(lines))
 
 
-def _said(hit: str | None, place: str) -> str:
-    return {
-        "artefact": f"a hit in {place}: nothing was computed",
-        "spectra": f"a hit in {place}: no pass over the data, only ranks and factors were computed",
-    }.get(str(hit), f"kept in {place}")
+def _said(shown: Shown, place: str) -> str:
+    if shown.hit == "artefact":
+        return f"a hit in {place}: nothing was computed"
+    if shown.hit == "spectra":
+        said = f"a hit in {place}: no pass over the data, only ranks and factors were computed"
+        return said if shown.kept else f"{said}; not kept (see the warning)"
+    return f"kept in {place}" if shown.kept else "not kept (see the warning)"

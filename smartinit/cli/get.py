@@ -17,8 +17,8 @@ from smartinit.cli.options import (
 from smartinit.cli.output import Output
 from smartinit.cli.request import read_request
 from smartinit.cli.running import check_inputs, look_up
-from smartinit.cli.stored import StoredRequest, open_store, place_of, read_artefact
-from smartinit.errors import ConfigError, NotStoredError
+from smartinit.cli.stored import StoredRequest, open_store, read_artefact
+from smartinit.errors import ConfigError, MissingFileError, NotStoredError
 
 if TYPE_CHECKING:
     from smartinit.cli.stored import Found
@@ -37,7 +37,8 @@ def command(key: str | None, **options: Any) -> None:  # noqa: ANN401 - click's 
     """Print the path of a stored adapter folder and nothing else; exit with 3 if it is not in the store.
 
     KEY is that of an artefact, or its first letters (at least six). Without it, the options say what is wanted, as
-    those of compute do; nothing is computed. The folder belongs to the store: read it, or copy it.
+    those of compute do; nothing is computed. The folder belongs to the store: read it, or copy it. Of a store that
+    cannot be written it is made in the user's folder for caches.
     """
     output = Output(as_json=options["as_json"], quiet=options["quiet"])
     with output.work():
@@ -46,7 +47,7 @@ def command(key: str | None, **options: Any) -> None:  # noqa: ANN401 - click's 
             raise NotStoredError("there is no store")
         found = _by_key(store, key, options) if key is not None else _by_options(store, options, output)
         folder = found.folder()
-    output.result({"key": found.key, "path": str(folder), "store": place_of(store)}, str(folder))
+    output.result({"key": found.key, "path": str(folder), "store": str(found.holder.layout.root)}, str(folder))
 
 
 def _by_key(store: Store, key: str, options: dict[str, Any]) -> Found:
@@ -65,12 +66,16 @@ def _by_key(store: Store, key: str, options: dict[str, Any]) -> Found:
 
 
 def _by_options(store: Store, options: dict[str, Any], output: Output) -> Found:
+    from smartinit.store.model_files import local_model
+
     if options["model"] is None:
         raise ConfigError("get needs a key, or a request: --model and the other options of compute")
     request = read_request(options)
     check_inputs(request, options)
     stored = StoredRequest(request, {**options, "no_compute": True}, store)
     found = look_up(stored, output)
+    if found is None and local_model(options["model"]) is None:
+        raise MissingFileError(f"'{options['model']}' is neither a folder here nor in the hub's cache; check --model")
     if found is None:
         raise NotStoredError(f"not in the store: {stored.missed()}")
     return found

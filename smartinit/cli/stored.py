@@ -6,7 +6,6 @@ import json
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smartinit import __version__
@@ -25,6 +24,7 @@ from smartinit.errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
     from types import TracebackType
 
     from torch import nn
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from smartinit.cli.request import Request
     from smartinit.data import Batches
     from smartinit.store import Key, Store
+    from smartinit.store.local import LocalStore
     from smartinit.store.requests import Remembered
     from smartinit.targets.fingerprint import ModelFingerprint
 
@@ -149,13 +150,19 @@ class Found:
         """Write the adapter folder as it is stored; torch is not needed."""
         from smartinit.store.adapters import copy_adapter
 
-        copy_adapter(self.store.local, self.key, out, force)
+        copy_adapter(self.holder, self.key, out, force)
+
+    @property
+    def holder(self) -> LocalStore:
+        """The folder that has it: the first, or, where that cannot be written, one that is only read."""
+        stores = [self.store.local, *(layer.folder for layer in self.store.layers)]
+        return next((one for one in stores if one is not None and one.peek(self.key)), self.store.local)
 
     def folder(self) -> Path:
-        """Its adapter folder in the store."""
-        from smartinit.store.adapters import adapter_folder
+        """Its adapter folder in the store; of a store that cannot be written, one in a place of the user's own."""
+        from smartinit.store.adapters import readable_folder
 
-        return Path(adapter_folder(self.store.local, self.key))
+        return readable_folder(self.holder, self.key)
 
     def artefact(self, options: Mapping[str, Any]) -> Artefact:
         """Itself, naming model and data as the user does now."""
@@ -168,7 +175,7 @@ class Found:
         config.base_model_name_or_path, config.task_type = options["model"], self.task_type
         data = None if stored.provenance.get("data") is None else options["data"]
         names = {"model": options["model"], "data": data}
-        kept = {"store": {"hit": "artefact", "key": self.key, "missed": None}}
+        kept = {"store": {"hit": "artefact", "key": self.key, "missed": None, "kept": True}}
         return replace(stored, config=config, provenance={**stored.provenance, **names, **kept})
 
 

@@ -90,9 +90,16 @@ def check_space(layout: Layout, needed: int) -> None:
     free = durable.free_bytes(layout.root)
     if needed + _MARGIN > free:
         raise StoreError(
-            f"the store '{layout.root}' needs {needed / 1e6:,.0f} MB more, but its disk has {free / 1e6:,.0f} MB free; "
+            f"the store '{layout.root}' needs {_amount(needed + _MARGIN)}, but its disk has {_amount(free)} free; "
             "free some with `smartinit cache gc`, or name another store"
         )
+
+
+def _amount(count: int) -> str:
+    for size, unit in ((10**6, "MB"), (10**3, "kB")):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count} bytes"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ a minute, then longer.
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections import OrderedDict
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from smartinit.errors import SmartinitError, StoreError, VerificationError
+from smartinit.errors import ConfigError, SmartinitError, StoreError, VerificationError
 from smartinit.store.adoption import copy_entry
 from smartinit.store.local import LocalStore
 from smartinit.store.remote import RemoteStore
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     Place = str | os.PathLike[str] | LocalStore | RemoteStore
 
+_RELATIVE = re.compile(r"file:(?!//)", re.IGNORECASE)
 T = TypeVar("T")
 V = TypeVar("V")
 
@@ -50,6 +52,8 @@ def open_place(place: Place, *, read_only: bool = False) -> LocalStore | RemoteS
     """
     if isinstance(place, (LocalStore, RemoteStore)):
         return place
+    if isinstance(place, str):
+        check_place(place)
     if isinstance(place, str) and "::" in place.partition("://")[0] and "://" in place:
         raise StoreError(f"'{without_secrets(place)}' chains protocols, which a store cannot; give a plain address")
     if not is_url(place):
@@ -60,6 +64,18 @@ def open_place(place: Place, *, read_only: bool = False) -> LocalStore | RemoteS
             raise StoreError(f"'{place}' names another machine; file:/// has three slashes")
         return LocalStore(unquote(parts.path), read_only=read_only)
     return RemoteStore(str(place))
+
+
+def check_place(place: str) -> None:
+    """Refuse text that names no place.
+
+    Raises:
+        ConfigError: it is empty, or says ``file:`` and no address.
+    """
+    if not place.strip():
+        raise ConfigError("the name of a store is empty; give a folder or a URL")
+    if _RELATIVE.match(place):
+        raise ConfigError(f"'{place}' is no address of a folder; write file:/// and the whole path, or a path")
 
 
 def is_remote(place: object) -> bool:
@@ -91,6 +107,11 @@ class Layer:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.shown!r})"
+
+    @property
+    def folder(self) -> LocalStore | None:
+        """Its store, if that is a folder and was asked already."""
+        return self._store if isinstance(self._store, LocalStore) else None
 
     def peek(self, key: str) -> Manifest | None:
         """The manifest of a key, if the layer has it, can be reached, and is in order."""

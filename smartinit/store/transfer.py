@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 JOBS = 8
 """Entries that go to or from another machine at the same time."""
 _NONE: Mapping[str, str] = MappingProxyType({})
-_ABSENT = "it is not there, or not sound"
+_ABSENT = "it is not there, or not sound (a key must be whole here)"
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,12 @@ def pull(
 
     Raises:
         TransferError: the other side cannot be reached, or this one not written to.
+        StoreError: there is no store in a folder.
     """
-    local.check_writable()
     other = open_place(source, read_only=True)
+    if isinstance(other, LocalStore) and not other.layout.entries.is_dir():
+        raise StoreError(f"there is no store in '{other.layout.root}' that could be pulled from; check the path")
+    local.check_writable()
     names = [check_name(key) for key in (other.keys() if keys is None else keys)]
     if isinstance(other, LocalStore):
         return _copy_all(names, partial(copy_entry, other, local), progress=progress, jobs=1)

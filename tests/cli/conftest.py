@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from typing import NamedTuple
 
 import pytest
@@ -130,6 +131,25 @@ def compute(run_cli, model_folder, data_file, tmp_path):
         return run_cli("compute", *named, *arguments)
 
     return run
+
+
+@pytest.fixture
+def shut():
+    """Make a folder one that cannot be written, not even by root, until the test is over."""
+    mounted = []
+
+    def mount(*arguments):
+        return subprocess.run(["mount", *map(str, arguments)], capture_output=True, check=False).returncode == 0  # noqa: S607
+
+    def run(folder):
+        if shutil.which("mount") is None or not mount("--bind", folder, folder):
+            pytest.skip("folders can be mounted by root only")
+        mounted.append(folder)
+        assert mount("-o", "remount,ro,bind", folder)
+
+    yield run
+    for folder in mounted:
+        subprocess.run(["umount", "-l", folder], check=True)  # noqa: S607
 
 
 @pytest.fixture(autouse=True)

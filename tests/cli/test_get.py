@@ -102,3 +102,37 @@ def test_other_kinds_of_entries_are_no_folders(run_cli):
         done = run_cli("get", name)
         assert done.code == 2
         assert f"is a {kind}; only artefacts are adapter folders" in done.err
+
+
+@pytest.mark.filterwarnings("always")
+def test_a_store_that_cannot_be_written_is_read(
+    run_cli, computed, model_folder, data_file, tmp_path, monkeypatch, shut
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    place = Path(os.environ["SMARTINIT_CACHE"])
+    shut(place)
+    by_key = run_cli("get", computed["key"])
+    assert (by_key.code, by_key.err) == (0, "")
+    folder = Path(by_key.out.strip())
+    assert folder == tmp_path / "home" / "smartinit" / "adapters" / computed["key"]
+    assert Artefact.load(folder).plan.digest == Artefact.load(tmp_path / "adapter").plan.digest
+    assert run_cli("get", "--model", model_folder, "--data", data_file, "--rank", 4).out == by_key.out
+    own = tmp_path / "own"  # the first of two stores cannot be written, the second has it
+    own.mkdir()
+    shut(own)
+    done = run_cli("get", computed["key"], "--json", "--store", own, "--store", place)
+    assert (done.document["path"], done.document["store"]) == (str(folder), str(place))
+
+
+def test_what_was_computed_again_is_no_change(run_cli, compute, computed, tmp_path):
+    folder = run_cli("get", computed["key"]).out
+    assert compute("--quiet", "--refresh", "--force").code == 0
+    done = run_cli("get", computed["key"])
+    assert (done.code, done.out, done.err) == (0, folder, "")
+
+
+def test_a_model_that_is_nowhere(run_cli, compute, data_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run_cli("get", "--model", "nomodel", "--data", data_file)
+    assert (done.code, done.out) == (2, "")
+    assert "'nomodel' is neither a folder here nor in the hub's cache" in done.err

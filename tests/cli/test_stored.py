@@ -138,6 +138,17 @@ def test_no_compute(compute, tmp_path, work):
     assert "differs in sampling.seed (1, there 0)" in other.err
 
 
+def test_the_same_rows_in_other_files_need_neither_weights_nor_passes(compute, data_file, tmp_path, work):
+    assert compute("--quiet").code == 0
+    rows = [json.loads(line) for line in data_file.read_text().splitlines()]
+    data = tmp_path / "data.csv"
+    data.write_text("text\n" + "".join(f'"{row["text"]}"\n' for row in rows))
+    work.update(loaded=0, passes=0)
+    done = compute("--json", "--no-compute", data=data, out=tmp_path / "again")
+    assert (done.code, done.document["hit"]) == (0, "artefact"), done.err
+    assert work == {"loaded": 0, "passes": 0}
+
+
 def test_refresh_computes_and_replaces(compute, tmp_path, work):
     first = compute("--json", "--quiet").document
     work["passes"] = 0
@@ -367,6 +378,22 @@ def test_a_store_that_cannot_be_written(compute, tmp_path):
     assert done.code == 0, done.err
     assert "smartinit: warning: " in done.err
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+
+
+@pytest.mark.filterwarnings("always")
+def test_what_was_not_kept_is_not_said_to_be(compute, tmp_path, shut):
+    assert compute("--json", "--quiet").document["kept"] is True
+    shut(Path(os.environ["SMARTINIT_CACHE"]))
+    done = compute("--refresh", out=tmp_path / "again")
+    assert done.code == 0
+    assert "smartinit: warning: " in done.err
+    assert "store:   not kept (see the warning)" in done.out
+    document = compute("--refresh", "--json", out=tmp_path / "third").document
+    assert (document["hit"], document["kept"]) == (None, False)
+    half = compute("--rank", 2, out=tmp_path / "half")
+    assert "only ranks and factors were computed; not kept (see the warning)" in half.out
+    again = compute("--json", out=tmp_path / "fourth").document
+    assert (again["hit"], again["kept"]) == ("artefact", True)
 
 
 def test_only_the_stores_failures_are_survived():

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from smartinit.errors import NotStoredError, OutputError, StoreError
 from smartinit.store import Store
-from smartinit.store.adapters import adapter_folder, copy_adapter
+from smartinit.store.adapters import adapter_folder, copy_adapter, readable_folder
 
 ROOT = Path(__file__).parents[2]
 FILES = {"adapter_config.json": b'{"r": 2}', "smartinit.json": b"{}", "README.md": b"# card"}
@@ -217,3 +219,71 @@ def test_no_blob_is_shared_with_a_folder(store):
     assert not inodes & {path.stat().st_ino for path in folder.rglob("*")}
     if os.name == "posix":
         assert not any(path.stat().st_mode & 0o222 for path in folder.rglob("*") if path.is_file())
+
+
+# -- the same result, computed again ----------------------------------------------------------------------------------
+
+
+def computed_again(store, **changes):
+    """The same artefact once more, as another run of the computation leaves it."""
+    record = {"version": 1, "plan": {"ranks": 2}, "provenance": {"run": 1}, "timings": {"store": 0.5}} | changes
+    there = {name: bytes(store.get("art").content(name)) for name in store.peek("art").blobs}
+    told = {"smartinit.json": json.dumps(record).encode(), "README.md": json.dumps(changes).encode()}
+    store.put("art", files=there | told, replace=True)
+
+
+def test_a_folder_of_the_same_result_is_kept(store):
+    computed_again(store)
+    folder = adapter_folder(store.local, "art")
+    before = content(folder)
+    computed_again(store, provenance={"run": 2}, timings={})
+    assert adapter_folder(store.local, "art") == folder  # a warning would be an error here
+    assert content(folder) == before
+    assert not store.local.layout.quarantine.exists()
+
+
+def test_a_folder_whose_record_says_something_else_is_made_again(store):
+    computed_again(store)
+    folder = adapter_folder(store.local, "art")
+    computed_again(store, plan={"ranks": 3})
+    with pytest.warns(UserWarning, match="was moved to"):
+        adapter_folder(store.local, "art")
+    assert json.loads((folder / "smartinit.json").read_text())["plan"] == {"ranks": 3}
+
+
+# -- stores that cannot be written ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache_home(tmp_path, monkeypatch):
+    """The user's folder for caches."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def test_what_cannot_be_written_is_read_from_a_place_of_the_users_own(store, cache_home):
+    closed = Store(store.local.layout.root, read_only=True).local
+    folder = readable_folder(closed, "art")
+    assert folder == cache_home / "smartinit" / "adapters" / "art"
+    assert content(folder) == {name: bytes(store.get("art").content(name)) for name in store.peek("art").blobs}
+    inode = folder.stat().st_ino
+    assert readable_folder(closed, "art").stat().st_ino == inode, "it is used again"
+    (folder / "adapter_model.safetensors").write_bytes(b"trained")
+    assert readable_folder(closed, "art").stat().st_ino != inode, "but not when it was changed"
+    assert content(folder)["adapter_model.safetensors"] != b"trained"
+    with pytest.raises(NotStoredError):
+        readable_folder(closed, "missing")
+    assert readable_folder(store.local, "art") == store.local.layout.adapters / "art"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits")
+def test_a_place_that_others_may_write_to_is_not_used(store, cache_home, tmp_path, monkeypatch):
+    (cache_home / "smartinit").mkdir(parents=True)
+    (cache_home / "smartinit" / "adapters").symlink_to(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    closed = Store(store.local.layout.root, read_only=True).local
+    place = tmp_path / "scratch" / f"smartinit-adapters-{os.getuid()}"
+    assert readable_folder(closed, "art") == place / "art"
+    place.chmod(0o777)
+    with pytest.raises(OutputError, match="XDG_CACHE_HOME"):
+        readable_folder(closed, "art")

@@ -72,7 +72,7 @@ def test_only_the_keys_that_are_named(local: LocalStore, target: str, tmp_path: 
     done = pull(other, target, ["key-1", "key-2"])
     assert done.sent == ("key-1",)
     assert list(done.failed) == ["key-2"]
-    assert done.failed["key-2"] == "it is not there, or not sound"
+    assert done.failed["key-2"] == "it is not there, or not sound (a key must be whole here)"
     with pytest.raises(ConfigError, match="is no key"):
         push(local, target, ["../x"])
 
@@ -194,11 +194,30 @@ def test_a_store_that_is_read_only(local: LocalStore, target: str, tmp_path: Pat
 
 
 def test_a_source_that_is_not_there(local: LocalStore, tmp_path: Path) -> None:
-    assert pull(local, tmp_path / "nowhere") == Transfer(failed=pull(local, tmp_path / "nowhere").failed)
+    for place in (tmp_path / "nowhere", (tmp_path / "nowhere").as_uri(), tmp_path):
+        with pytest.raises(StoreError, match="there is no store in"):
+            pull(local, place)
     assert not (tmp_path / "nowhere").exists()
+    with pytest.raises(StoreError, match="there is no store in"):  # and nothing is made for it
+        pull(LocalStore(tmp_path / "new"), tmp_path / "nowhere")
+    assert not (tmp_path / "new").exists()
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match="is a file"):
         push(local, tmp_path / "file")
+
+
+@pytest.mark.parametrize("place", ["", " ", "file:team", "FILE:./team"])
+def test_text_that_names_no_place(
+    local: LocalStore, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for copy in (push, pull):
+        with pytest.raises(ConfigError, match=r"is empty|is no address"):
+            copy(local, place)
+    with pytest.raises(ConfigError, match=r"is empty|is no address"):
+        Store(place)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_pull_from_a_folder_leaves_it_as_it_is(local: LocalStore, tmp_path: Path) -> None:
@@ -232,7 +251,7 @@ def test_a_disk_that_is_full_stops_a_pull(
 ) -> None:
     push(local, target)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(TransferError, match="MB free"):
+    with pytest.raises(TransferError, match=r"needs 8\.4 MB, but its disk has 0 bytes free"):
         pull(LocalStore(tmp_path / "there"), target)
     monkeypatch.undo()
     assert len(pull(LocalStore(tmp_path / "there"), target).sent) == len(NAMES)

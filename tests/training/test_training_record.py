@@ -15,6 +15,7 @@ import transformers
 
 import smartinit as si
 from smartinit.errors import ArgumentError, ConfigError, MissingFileError, NotStoredError
+from smartinit.store.adapters import adapter_folder, copy_adapter
 from smartinit.training_record import RECORD_FILE, compare_start, tensors_digest
 
 peft = pytest.importorskip("peft")
@@ -183,6 +184,20 @@ def test_by_its_key_in_the_store(lab, tmp_path):
         assert recorder.digests["tensors"] == tensors_digest(stored.factors)
         assert recorder.artefact.recipe.digest == stored.recipe.digest
     assert si.InitRecorder(stored).digests["key"] == key
+
+
+def test_a_folder_of_a_store_has_its_key(lab, tmp_path):
+    store = si.Store(tmp_path / "cache")
+    key = si.compute(lab.base(), lab.config(init_lora_weights="orthogonal"), store=store).provenance["store"]["key"]
+    assert si.InitRecorder(key, store=store).digests["key"] == key
+    folder = adapter_folder(store.local, key)
+    assert si.InitRecorder(folder).digests["key"] == key
+    copy = copy_adapter(store.local, key, tmp_path / key)
+    assert si.InitRecorder(copy).digests["key"] is None, "the store that has it is not named"
+    assert si.InitRecorder(copy, store=store).digests["key"] == key
+    other = si.compute(lab.base(), lab.config(init_lora_weights="gaussian"))
+    other.save(copy, force=True)
+    assert si.InitRecorder(copy, store=store).digests["key"] is None, "its name is that of another artefact"
 
 
 def test_what_names_no_start(tmp_path):
