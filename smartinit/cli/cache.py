@@ -15,7 +15,7 @@ from smartinit.cli.exit_codes import FAILED, OK, UNVERIFIED
 from smartinit.cli.options import output_options
 from smartinit.cli.output import Output, human_bytes
 from smartinit.cli.quantities import Duration, Size
-from smartinit.errors import ConfigError
+from smartinit.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -141,6 +141,9 @@ def gc_command(
         click.echo(plan_text(plan))
     freed = None
     if not dry_run:
+        layout = store.local.layout
+        if (plan.entries or plan.blobs or plan.leftovers) and not os.access(layout.entries, os.W_OK):
+            raise StoreError(f"the store '{layout.root}' cannot be written, so nothing was removed")
         with output.work():
             freed = plan.execute()
     if as_json:

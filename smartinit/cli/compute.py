@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,7 @@ def command(**options: Any) -> None:  # noqa: ANN401 - click's options
     Methods that look at weights alone need no data. Otherwise the data is tokenised with the model's own tokenizer and
     run through the model once, or until every layer has settled. The folder loads in PEFT and in every trainer that
     takes a PEFT adapter. What the store has is not computed again: the same request neither loads the model nor reads
-    the data's rows, other ranks or methods of the same statistics need no pass over the data.
+    the data's rows, smaller ranks or methods of the same statistics need no pass over the data.
     """
     output = Output(as_json=options["as_json"], quiet=options["quiet"])
     request = read_request(options)
@@ -88,6 +88,7 @@ def command(**options: Any) -> None:  # noqa: ANN401 - click's options
         if shown is None:
             shown, base_out = _produce(stored, found, output)
         if found is not None and shown.hit == "artefact":
+            shown = replace(shown, origin=found.origin)
             shown.summary["seconds"] = {"store": round(time.perf_counter() - started, 3)}
     show(shown, output, stored, base_out=base_out)
 
@@ -194,12 +195,14 @@ class Shown:
         hit: what the store had: the artefact, its spectra, or nothing.
         key: of the artefact's entry; of the recipe, if it is not in a store.
         kept: whether a store has it now.
+        origin: of a hit, the store that had the artefact; None: the first.
     """
 
     summary: dict[str, Any]
     hit: str | None
     key: str
     kept: bool = True
+    origin: str | None = None
 
     @classmethod
     def of(cls, artefact: Artefact) -> Shown:
@@ -230,7 +233,7 @@ def show(shown: Shown, output: Output, stored: StoredRequest, *, base_out: Path 
 
 def _said(shown: Shown, place: str) -> str:
     if shown.hit == "artefact":
-        return f"a hit in {place}: nothing was computed"
+        return f"a hit in {shown.origin or place}: nothing was computed"
     if shown.hit == "spectra":
         said = f"a hit in {place}: no pass over the data, only ranks and factors were computed"
         return said if shown.kept else f"{said}; not kept (see the warning)"

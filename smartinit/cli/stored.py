@@ -115,6 +115,7 @@ class Found:
         store: that has it.
         about: what was noted of the request: the task type that ``adapter_config.json`` is to have (one that was
             computed elsewhere may say less), and how many rows were dropped.
+        origin: which of the stores had it, for people.
     """
 
     key: str
@@ -122,6 +123,7 @@ class Found:
     config: Mapping[str, Any]
     store: Store
     about: Mapping[str, Any]
+    origin: str
 
     @property
     def task_type(self) -> str | None:
@@ -309,6 +311,7 @@ def stored_key(artefact: Artefact) -> str | None:
 
 def read_artefact(store: Store, key: str, about: Mapping[str, Any]) -> Found | None:
     """An artefact's entry, every byte checked; None if it is not there or not sound."""
+    has = None if store.local.peek(key) is not None else next((one for one in store.layers if one.peek(key)), None)
     entry = store.local.get(key, tensors=False) or store.get(key)  # only what another layer has may cost torch
     if entry is None:
         return None
@@ -317,7 +320,7 @@ def read_artefact(store: Store, key: str, about: Mapping[str, Any]) -> Found | N
             return None
         try:
             record, config = (_object(entry.files[name]) for name in (_RECORD, _ADAPTER_CONFIG))
-            found = Found(key, record, config, store, about)
+            found = Found(key, record, config, store, about, place_of(store) if has is None else has.shown)
             _ = found.summary, found.keeps_base, found.says({"model": None, "data": None})  # what is missing shows now
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             warnings.warn(f"the stored artefact {key[:12]} is not used: {error}", stacklevel=2)

@@ -320,3 +320,14 @@ def test_an_entry_of_a_newer_version_is_listed_as_such(run_cli, store, keys):
     path.write_bytes(newer.to_bytes())
     assert "upgrade smartinit" in run_cli("cache", "ls").out
     assert "no blob goes" in run_cli("cache", "gc").out
+
+
+def test_gc_of_a_store_that_cannot_be_written_is_one_error(run_cli, store, keys, shut):
+    shut(store.local.layout.root)
+    done = run_cli("cache", "gc", "--max-size", "0")
+    assert done.code == 1
+    assert done.err.count("\n") == 1
+    assert "cannot be written, so nothing was removed" in done.err
+    assert "remark" not in done.out
+    assert set(store.keys()) == set(keys.values())
+    assert run_cli("cache", "gc", "--max-size", "0", "--dry-run").code == 0

@@ -173,6 +173,11 @@ def test_named_stores(compute, tmp_path):
     assert done.document["hit"] == "artefact"
     assert done.document["store"] == str(own)
     assert done.document["key"] in Store(own), "what the team has is copied"
+    fresh = tmp_path / "fresh"
+    shown = compute("--quiet", "--store", fresh, "--store", team, out=tmp_path / "third").out
+    assert f"store:   a hit in {team}: nothing was computed" in shown
+    shown = compute("--quiet", "--store", fresh, "--store", team, out=tmp_path / "fourth").out
+    assert f"store:   a hit in {fresh}: nothing was computed" in shown
 
 
 @pytest.mark.parametrize(
