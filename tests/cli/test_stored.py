@@ -29,24 +29,24 @@ HEAVY = ("torch", "transformers", "datasets", "numpy", "sklearn")
 @pytest.fixture
 def work(monkeypatch):
     """How often weights were loaded, and batches run through a model."""
-    from transformers import LlamaForCausalLM, LlamaModel
+    from transformers.models.llama import modeling_llama
 
     from smartinit.cli import load_model
 
     counts = {"loaded": 0, "passes": 0}
-    load, forward = load_model.load_weights, LlamaModel.forward
+    load, mask = load_model.load_weights, modeling_llama.create_causal_mask
 
     def loading(*arguments, **options):
         counts["loaded"] += 1
         return load(*arguments, **options)
 
-    def passing(self, *arguments, **options):
+    def passing(*arguments, **options):
         counts["passes"] += 1
-        return forward(self, *arguments, **options)
+        return mask(*arguments, **options)
 
     monkeypatch.setattr(load_model, "load_weights", loading)
-    monkeypatch.setattr(LlamaModel, "forward", passing)
-    assert LlamaForCausalLM
+    # not the class's forward: who replaces that has another model
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", passing)
     return counts
 
 
