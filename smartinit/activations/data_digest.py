@@ -60,10 +60,10 @@ class RowLog:
         Raises:
             ConfigError: something in it has no content digest.
         """
-        whole = batch_digest(batch, self.batches)
-        self._rows += b"".join(row_digests(batch, self.batches, self._ignored))
+        rows = b"".join(row_digests(batch, self.batches, self._ignored))
+        self.whole.append(batch_digest(batch, self.batches))
+        self._rows += rows
         self._ends.append(self.rows)
-        self.whole.append(whole)
 
     def at_rows(self, count: int) -> str | None:
         """Sha256 over the first ``count`` rows; None if there are fewer."""
