@@ -82,7 +82,7 @@ class RowDigests(RowLog):
     """The rows that a data loader gives, read as far as they are asked about; what was read is not read again.
 
     Iterating over a data loader draws from torch's random numbers, so that one which shuffles gives another order each
-    time: see `WatchedBatches`.
+    time.
 
     Args:
         batches: iterated once.
@@ -135,40 +135,6 @@ class RowDigests(RowLog):
             return True
         self.close()
         return False
-
-
-class WatchedBatches:
-    """The same batches, each added to `log` before it is given out: what a pass really used.
-
-    Args:
-        batches: iterated as often as this is.
-        label_mask_value: of labels that do not count.
-
-    Attributes:
-        log: of the latest pass.
-    """
-
-    def __init__(self, batches: Iterable[Any], *, label_mask_value: int = -100) -> None:
-        self._batches = batches
-        self._ignored = label_mask_value
-        self.log = RowLog(label_mask_value)
-
-    def __len__(self) -> int:
-        return len(self._batches)  # type: ignore[arg-type]  # raises what len() raises where there is none
-
-    def __iter__(self) -> Iterator[Any]:
-        log = self.log = RowLog(self._ignored)
-        for batch in self._batches:
-            log.add(batch)
-            yield batch
-
-
-def same_batches(looked_up: RowLog, used: WatchedBatches) -> bool:
-    """Whether the rows of a pass were the first ones of an earlier look at the same data: False if they are shuffled.
-
-    Reads on in ``looked_up`` as far as necessary.
-    """
-    return looked_up.at_rows(used.log.rows) == used.log.at_rows(used.log.rows)
 
 
 def global_orders(ranks: Sequence[Sequence[bytes]], batch_rows: Sequence[Sequence[int]] | None = None) -> list[str]:

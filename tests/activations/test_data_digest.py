@@ -18,10 +18,8 @@ from smartinit.activations import rows
 from smartinit.activations.data_digest import (
     RowDigests,
     RowLog,
-    WatchedBatches,
     callable_key,
     global_orders,
-    same_batches,
 )
 from smartinit.activations.row_content import row_digests
 from smartinit.errors import ConfigError
@@ -332,34 +330,6 @@ def test_one_shot_streams_are_told():
     assert [RowDigests(data).one_shot for data in (items, DataLoader(items), iter(items), (x for x in items))] == [
         False, False, True, True,
     ]  # fmt: skip
-
-
-def test_shuffled_data_are_told_while_they_are_used(seed):
-    torch.manual_seed(seed)
-
-    def look_and_pass(shuffle):
-        loader = DataLoader(samples(40), batch_size=4, collate_fn=collate, shuffle=shuffle)
-        look, used = RowDigests(loader), WatchedBatches(loader)
-        look.at_batches(2)
-        for number, _ in enumerate(used):
-            if number == 4:
-                break
-        assert used.log.batches == 5
-        return same_batches(look, used), len(used)
-
-    assert look_and_pass(shuffle=False) == (True, 10)
-    assert look_and_pass(shuffle=True) == (False, 10)
-
-
-def test_watched_batches_are_the_batches():
-    data = batches(samples(), 4)
-    used = WatchedBatches(data)
-    assert all(one is other for one, other in zip(used, data, strict=True))
-    assert used.log.at_rows(11) == REFERENCE
-    assert list(used) == data  # a second pass has a log of its own
-    assert used.log.rows == 11
-    with pytest.raises(TypeError, match=r"len\(\)"):
-        len(WatchedBatches(iter(data)))
 
 
 def test_workers_give_the_same():
