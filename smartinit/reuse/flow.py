@@ -145,7 +145,7 @@ class _Call:
         meta = any(parameter.is_meta for parameter in self.model.parameters())
         if meta and any(job.request.config.use_dora for job in jobs):
             raise NotStoredError("DoRA's magnitudes are norms of the model's weights, which are not loaded")
-        session = Session(self.keeper, self.identity, self.data, self.options, self.ranks, has_weights=not meta)
+        session = Session(self.keeper, self.identity, self.data, self.ranks, has_weights=not meta)
         artefacts = compute_fresh(self.model, jobs, self.dataloader, self.options, session)
         for index, job, artefact in zip(indices, jobs, artefacts, strict=True):
             run = session.run_of(job)

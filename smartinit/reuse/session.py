@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from smartinit.reuse.identity import Identity
     from smartinit.reuse.keeping import Keeper
     from smartinit.reuse.statistics import Found, Run
-    from smartinit.run_options import Options
 
 
 class Session:
@@ -32,7 +31,6 @@ class Session:
         keeper: the store.
         identity: of the model and the caller's functions.
         data: what may be read; None without data.
-        options: of the call.
         ranks: of the process group.
         has_weights: whether the model can run.
     """
@@ -42,12 +40,11 @@ class Session:
         keeper: Keeper,
         identity: Identity,
         data: OfferedData | None,
-        options: Options,
         ranks: RanksInStep,
         *,
         has_weights: bool,
     ) -> None:
-        self._keeper, self._identity, self._data, self._options, self._ranks = keeper, identity, data, options, ranks
+        self._keeper, self._identity, self._data, self._ranks = keeper, identity, data, ranks
         self._has_weights = has_weights
         self._origins: dict[int, str] = {}
         self._runs: dict[int, Run] = {}
